@@ -1,0 +1,72 @@
+"""The packed image set: arrays on disk that are memory-mapped, and the facts that travel with them.
+
+data/processed/
+    {train,val}_images.npy   uint8 (N, size, size, 3), RGB
+    {train,val}_labels.npy   int64 (N,), index into the classes
+    meta.json                PackMeta
+    files.json               {"train": [...], "val": [...]}: name of each image in the source, in the arrays' order
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from stages.core.errors import InputError
+from stages.core.params import Section
+
+PROCESSED = Path("data/processed")
+
+
+class PackMeta(Section):
+    """meta.json of a packed set."""
+
+    classes: list[str]  # readable names
+    class_ids: list[str]  # folder names in the source
+    image_size: int  # side in pixels
+    crop_mode: str
+    interpolation: str
+    num_images: dict[str, int]  # by split
+    num_per_class: dict[str, list[int]]  # by split, in the order of classes
+    skipped: dict[str, list[str]]  # unreadable images left out, by split
+    mean: list[float]  # per channel over train, pixel values scaled to [0, 1]
+    std: list[float]
+    source_sha256: str
+
+
+class Split(NamedTuple):
+    """Images uint8 (N, H, W, 3), memory-mapped read-only, and labels int64 (N,)."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+
+def load_meta(folder: Path = PROCESSED) -> PackMeta:
+    """Read meta.json; InputError when it is missing or not what preprocess writes."""
+    path = folder / "meta.json"
+    try:
+        return PackMeta.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found; run `dvc repro preprocess` (or `dvc checkout`)") from None
+    except ValidationError as error:
+        raise InputError(f"{path}: not written by this version; run `dvc repro preprocess`: {error}") from None
+
+
+def load_split(split: str, meta: PackMeta, folder: Path = PROCESSED) -> Split:
+    """Map one split's arrays; InputError when they do not fit meta.json."""
+    images_path, labels_path = folder / f"{split}_images.npy", folder / f"{split}_labels.npy"
+    try:
+        images = np.load(images_path, mmap_mode="r")
+        labels = np.load(labels_path)
+    except (FileNotFoundError, ValueError) as error:
+        raise InputError(f"{folder}: {error}; run `dvc repro preprocess`") from None
+    count, size = meta.num_images[split], meta.image_size
+    if images.shape != (count, size, size, 3) or images.dtype != np.uint8:
+        raise InputError(f"{images_path}: {images.dtype} {images.shape}, but meta.json says {count} images of {size} px")
+    if labels.shape != (count,) or count == 0 or labels.min() < 0 or labels.max() >= len(meta.classes):
+        raise InputError(f"{labels_path}: labels must be {count} numbers from 0 to {len(meta.classes) - 1}")
+    return Split(images, labels.astype(np.int64, copy=False))

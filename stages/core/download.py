@@ -1,0 +1,106 @@
+"""Fetch a file once: resumed after a break, checked, and kept in a cache that every clone shares."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import requests
+from filelock import FileLock
+from tqdm import tqdm
+
+from stages.core.errors import InputError
+
+_CHUNK = 1 << 20
+_TIMEOUT = (10, 60)  # seconds to connect, and between two bytes
+_ATTEMPTS = 5
+
+
+def fetch(url: str, folder: Path, md5: str | None = None, sha256: str | None = None) -> Path:
+    """The local copy of `url` in `folder`, downloaded unless a checked copy is there.
+
+    A download that breaks off is taken up where it stopped, within this call and by the next one. Raises InputError
+    when the address does not answer with the file, or when a checksum (lower-case hex) differs.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    name = os.path.basename(urlsplit(url).path) or "download"
+    # One entry per address and checksum: a new checksum asks for a new download.
+    key = hashlib.sha256(f"{url}\n{md5}\n{sha256}".encode()).hexdigest()[:12]
+    path = folder / f"{key}-{name}"
+    partial = path.with_name(f"{path.name}.part")
+    with FileLock(f"{path}.lock"):  # two experiments at once download once
+        if path.exists():
+            return path
+        _download(url, partial)
+        try:
+            check(partial, md5=md5, sha256=sha256, shown=url)
+        except InputError:
+            partial.unlink()  # resuming it could never end well
+            raise
+        partial.replace(path)
+    return path
+
+
+def check(path: Path, md5: str | None = None, sha256: str | None = None, shown: str | None = None) -> None:
+    """Raise InputError when the file's checksum is not the one asked for; None is not checked."""
+    for algorithm, expected in (("md5", md5), ("sha256", sha256)):
+        if expected is None:
+            continue
+        found = file_hash(path, algorithm)
+        if found != expected.lower():
+            raise InputError(
+                f"{shown or path}: {algorithm} is {found}, expected {expected.lower()} (data.{algorithm}); the file "
+                "is damaged or another one: fetch it again, or mend the checksum"
+            )
+
+
+def file_hash(path: Path, algorithm: str) -> str:
+    """Hex digest of a file's content."""
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _download(url: str, partial: Path) -> None:
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            _continue_download(url, partial)
+            return
+        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+            size = partial.stat().st_size if partial.exists() else 0
+            if attempt == _ATTEMPTS or size == 0:
+                kept = f"; {size:,} bytes are kept and the next run goes on from there" if size else ""
+                raise InputError(f"{url}: cannot be downloaded: {_reason(error)}{kept}") from None
+
+
+def _continue_download(url: str, partial: Path) -> None:
+    start = partial.stat().st_size if partial.exists() else 0
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+    with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
+        if response.status_code == 416:  # nothing left: it broke off after the last byte
+            return
+        if not response.ok:
+            raise InputError(f"{url}: the server answered {response.status_code} {response.reason}")
+        resumed = response.status_code == 206
+        length = int(response.headers.get("Content-Length", 0))
+        total = length + (start if resumed else 0) or None
+        with (
+            partial.open("ab" if resumed else "wb") as file,
+            tqdm(
+                desc=os.path.basename(urlsplit(url).path), total=total, initial=start if resumed else 0, unit="B",
+                unit_scale=True, unit_divisor=1024, disable=None, leave=False,
+            ) as bar,
+        ):  # fmt: skip
+            for chunk in response.iter_content(_CHUNK):
+                file.write(chunk)
+                bar.update(len(chunk))
+    if total is not None and partial.stat().st_size < total:
+        raise requests.ConnectionError(f"{partial.stat().st_size:,} of {total:,} bytes came")
+
+
+def _reason(error: Exception) -> str:
+    return str(error).split("(Caused by ")[-1].rstrip(")")

@@ -1,0 +1,28 @@
+"""Errors that the user can mend, and the one place where a process turns them into a message."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong: the message names the file or key, what is wrong and what to do."""
+
+
+def run_main(main: Callable[[], int | None], name: str) -> None:
+    """Run `main` as the body of a process, and end the process.
+
+    An `InputError` ends it with its message alone on stderr (exit status 2 for tools and stages alike); an
+    interrupt with status 130. Anything else is a defect of ours and keeps its traceback.
+    """
+    try:
+        status = main()
+    except InputError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        status = 128 + signal.SIGINT
+    raise SystemExit(status or 0)

@@ -1,0 +1,106 @@
+"""Decode one image of any kind to RGB, and bring it to the square that the packed arrays hold."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from stages.core.errors import InputError
+
+# What Pillow may open: the raster formats that people keep photographs in.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+# Above it, an image is taken for a decompression bomb (Pillow's own error limit, 179 megapixels).
+MAX_PIXELS = 178_956_970
+
+CropMode = Literal["center", "squash", "border"]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box"]
+INTERPOLATIONS: dict[Interpolation, Image.Resampling] = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+}
+
+
+def check_is_image(content: bytes, name: str) -> None:
+    """Raise InputError naming `name` unless the header is that of an image format in FORMATS."""
+    with _open(content, name):
+        pass
+
+
+def decode(
+    content: bytes,
+    name: str,
+    size: int,
+    crop_mode: CropMode = "center",
+    interpolation: Interpolation = "bilinear",
+) -> NDArray[np.uint8]:
+    """Decode an encoded image to (size, size, 3) RGB, uint8, with its EXIF orientation applied.
+
+    `crop_mode` has timm's meaning: center (shorter side to `size`, then the middle), squash (both sides to
+    `size`), border (longer side to `size`, the rest filled with grey). An image that has the size already is not
+    resampled. Raises InputError naming `name` when it cannot be decoded in full.
+    """
+    with _open(content, name) as image:
+        try:
+            # The JPEG decoder can scale by 1/2, 1/4, 1/8 for free: never below twice what is needed.
+            image.draft(None, (2 * size, 2 * size))
+            image.load()  # verify() would let a truncated JPEG pass
+            upright = ImageOps.exif_transpose(image)
+            rgb = _to_rgb(upright)
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+            raise InputError(f"{name}: cannot be decoded: {error}") from None
+    if rgb.size != (size, size):
+        rgb = _to_square(rgb, size, crop_mode, INTERPOLATIONS[interpolation])
+    return np.asarray(rgb)
+
+
+def _open(content: bytes, name: str) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below decides
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        start = content[:16].decode("ascii", "replace").replace("\n", " ")
+        what = "is empty" if not content else f"is not an image (it starts with {start!r})"
+        raise InputError(f"{name}: {what}; readable formats: {', '.join(FORMATS)}") from None
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{name}: {error}") from None
+    except (OSError, SyntaxError, ValueError, EOFError, OverflowError) as error:
+        raise InputError(f"{name}: cannot be read as an image: {error}") from None
+    if image.width * image.height > MAX_PIXELS or not image.width * image.height:
+        raise InputError(f"{name}: {image.width}x{image.height} pixels; the limit is {MAX_PIXELS}")
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Grayscale, palette, CMYK, alpha (over white) and 16-bit to RGB; the first frame of an animation."""
+    if image.mode.startswith("I") or image.mode == "F":
+        # Pillow clips here (a 16-bit image would come out white): scale the format's range instead.
+        values = np.asarray(image, dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError("pixel values are not finite")
+        low, high = float(values.min(initial=0)), float(values.max(initial=0))
+        full = 1.0 if high <= 1 and image.mode == "F" else 255.0 if high <= 255 and image.mode == "F" else 65535.0
+        if low < 0 or high > full:
+            raise ValueError(f"pixel values from {low:g} to {high:g}; expected 0 to {full:g}")
+        return Image.fromarray(np.round(values * (255 / full)).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_square(image: Image.Image, size: int, crop_mode: CropMode, resample: Image.Resampling) -> Image.Image:
+    if crop_mode == "center":
+        return ImageOps.fit(image, (size, size), method=resample)
+    if crop_mode == "border":
+        return ImageOps.pad(image, (size, size), method=resample, color=(128, 128, 128))
+    return image.resize((size, size), resample)

@@ -1,0 +1,49 @@
+"""Map a function over many items with worker processes, in order and in bounded memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from stages.core.errors import InputError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def parallel_map(
+    function: Callable[[Item], Result], items: Sequence[Item], workers: int, chunk: int = 32
+) -> Iterator[Result]:
+    """Yield function(item) in the order of `items`; at most a few chunks a worker are in flight.
+
+    With `workers` 0 the calling process does the work. `function` must be picklable. Processes are spawned, not
+    forked: a fork of a process that has threads can hang.
+    """
+    if workers == 0 or len(items) <= chunk:
+        yield from map(function, items)
+        return
+    context = multiprocessing.get_context("spawn")
+    waiting: deque[Future[list[Result]]] = deque()
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        try:
+            for start in range(0, len(items), chunk):
+                waiting.append(pool.submit(_apply, function, items[start : start + chunk]))
+                if len(waiting) > 3 * workers:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        except BrokenProcessPool:
+            raise InputError(
+                "a worker process was killed, most likely because memory ran out: lower runtime.workers"
+            ) from None
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _apply(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    return [function(item) for item in items]

@@ -1,0 +1,47 @@
+"""Mixed precision as a policy: which dtype the forward pass computes in, and whether gradients are scaled."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from stages.core.errors import InputError
+from stages.core.recipe import Precision
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Compute dtype of the forward pass; weights and optimizer state stay float32."""
+
+    dtype: torch.dtype
+    scale_gradients: bool  # float16 needs it, bfloat16 has float32's range
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        """Context of the forward pass; does nothing in float32."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(device.type, dtype=self.dtype)
+
+
+def resolve(precision: Precision, device: torch.device) -> Policy:
+    """The policy of `auto`, `fp32`, `bf16` or `fp16` on a device; InputError where it cannot work.
+
+    `auto` is bf16 where the hardware computes in it, and fp32 elsewhere.
+    """
+    if precision == "auto":
+        precision = "bf16" if has_bf16(device) else "fp32"
+    if precision == "fp16" and device.type == "cpu":
+        raise InputError("params.yaml: train.precision: fp16 needs a GPU; on a CPU use auto, bf16 or fp32")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return Policy(dtype, scale_gradients=precision == "fp16")
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies in bfloat16 (emulation is slower than float32)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False

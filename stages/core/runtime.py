@@ -1,0 +1,48 @@
+"""Where and with how much of the machine a stage runs: knobs that do not change its result by intent."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from stages.core.params import Section
+
+
+class RuntimeParams(Section):
+    """The `runtime` section of params.yaml."""
+
+    device: str
+    threads: Annotated[int, Field(ge=1)] | Literal["auto"]
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"]
+    cache_dir: Annotated[str, Field(min_length=1)]
+
+    @field_validator("device")
+    @classmethod
+    def _is_a_device(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", value):
+            raise ValueError(f"{value!r} is no device (valid: auto, cpu, cuda, cuda:N, mps)")
+        return value
+
+
+def num_cpus() -> int:
+    """CPUs that this process may use (its affinity mask, where the system has one)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def num_threads(runtime: RuntimeParams) -> int:
+    """CPU threads of PyTorch."""
+    return num_cpus() if runtime.threads == "auto" else runtime.threads
+
+
+def num_workers(runtime: RuntimeParams) -> int:
+    """Worker processes; 0 means that the main process does the work."""
+    return num_cpus() if runtime.workers == "auto" else runtime.workers
+
+
+def cache_dir(runtime: RuntimeParams) -> Path:
+    """Absolute folder for downloads, outside the repository: clones and `--temp` runs share it."""
+    return Path(runtime.cache_dir).expanduser().absolute()

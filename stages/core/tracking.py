@@ -1,0 +1,42 @@
+"""The record of a run: DVCLive files that DVC shows, plots and compares."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+from dvclive import Live
+from scmrepo.exceptions import SCMError
+
+
+class Tracker:
+    """Logs metrics by optimizer step into `folder`: metrics.json (latest) and plots/metrics/**.tsv (history).
+
+    DVCLive must not touch dvc.yaml (our stages own it) nor make an experiment of its own (DVC makes them).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._live = _Live(str(folder), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Append the metrics at `step`."""
+        self._live.step = step
+        for name, value in metrics.items():
+            self._live.log_metric(name, value)
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._live.end()
+
+
+class _Live(Live):
+    """DVCLive 3.49 asks git for the current commit even when it need not, and fails where there is none yet."""
+
+    def _init_dvc(self) -> None:
+        with suppress(SCMError):
+            super()._init_dvc()

@@ -1,0 +1,181 @@
+"""Stage extract: get the images of `data.source`, check them, and hand them on as one tar a split.
+
+Inputs   params `data`, `sample`; the generator, a download, an archive or a folder
+Outputs  data/raw/{train,val}.tar   uncompressed, members `<class>/<image>` in canonical order, no times, no owners
+         data/raw/source.json       classes, counts, sha256 of the content
+Command  python -m stages.extract
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import io
+import tarfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from stages.core import sample
+from stages.core.archive import SPLITS, Limits, open_image_set
+from stages.core.download import check, fetch, file_hash
+from stages.core.errors import InputError, run_main
+from stages.core.image import check_is_image
+from stages.core.output import replace_directory, write_json
+from stages.core.parallel import parallel_map
+from stages.core.params import Section, load_params
+from stages.core.progress import progress, stage_summary
+from stages.core.runtime import RuntimeParams, cache_dir, num_workers
+
+RAW = Path("data/raw")
+
+# fast.ai's addresses and md5; those of Imagenette are torchvision's too (torchvision.datasets.Imagenette).
+_FAST_AI = "https://s3.amazonaws.com/fast-ai-imageclas/"
+NAMED_SOURCES = {
+    "imagenette2-160": (_FAST_AI + "imagenette2-160.tgz", "e793b78cc4c9e9a4ccc0c1155377a412"),
+    "imagenette2-320": (_FAST_AI + "imagenette2-320.tgz", "3df6f0d01a2c9592104656642f5e78a3"),
+    "imagenette2": (_FAST_AI + "imagenette2.tgz", "fe2fc210e6bb7c5664d602c3cd71e612"),
+    "imagewoof2-160": (_FAST_AI + "imagewoof2-160.tgz", "3d200a7be99704a0d7509be2a9fbfe15"),
+}
+
+# (class, file name, encoded image)
+LabelledImage = tuple[str, str, bytes]
+
+
+class DataParams(Section):
+    """The `data` section of params.yaml."""
+
+    source: Annotated[str, Field(min_length=1)]
+    md5: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{32}$")] | None
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")] | None
+    max_files: Annotated[int, Field(ge=1)]
+    max_bytes: Annotated[int, Field(ge=1)]
+    max_ratio: Annotated[int, Field(ge=1)]
+
+
+class SampleParams(Section):
+    """The `sample` section of params.yaml."""
+
+    train_images: Annotated[int, Field(ge=len(sample.CLASSES))]
+    val_images: Annotated[int, Field(ge=len(sample.CLASSES))]
+    image_size: Annotated[int, Field(ge=16, le=512)]
+    seed: Annotated[int, Field(ge=0)]
+
+
+class Params(Section):
+    """What this stage reads."""
+
+    data: DataParams
+    sample: SampleParams
+    runtime: RuntimeParams
+
+
+def main(params: Params) -> None:
+    """Write data/raw/ from `data.source`, or leave it as it was and raise InputError."""
+    with stage_summary("extract") as made, replace_directory(RAW) as out:
+        with _open_source(params, out) as source:
+            for split in SPLITS:
+                _write_tar(out / f"{split}.tar", source.images[split], split, source.counts[split])
+        hashes = "".join(file_hash(out / f"{split}.tar", "sha256") for split in SPLITS)
+        content_hash = hashlib.sha256(hashes.encode()).hexdigest()
+        if Path(params.data.source).expanduser().is_dir():
+            _check_folder(params.data, content_hash)
+        info = {"classes": source.classes, "num_images": source.counts, "sha256": content_hash}
+        write_json(out / "source.json", info)
+        counts = " + ".join(f"{source.counts[split]:,} {split}" for split in SPLITS)
+        made.append(f"{counts} images of {len(source.classes)} classes from {params.data.source} in {RAW}")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """An opened source: its classes, and by split the number of images and the images in canonical order."""
+
+    classes: list[str]
+    counts: dict[str, int]
+    images: dict[str, Iterable[LabelledImage]]
+
+
+@contextmanager
+def _open_source(params: Params, scratch: Path) -> Iterator[_Source]:
+    data = params.data
+    if data.source == "sample":
+        yield _generate(params.sample, num_workers(params.runtime))
+        return
+    path = _locate(data, cache_dir(params.runtime) / "downloads")
+    limits = Limits(files=data.max_files, total_bytes=data.max_bytes, ratio=data.max_ratio)
+    with open_image_set(path, limits, scratch) as files:
+        yield _Source(
+            classes=sorted({file.class_name for file in files["train"]}),
+            counts={split: len(files[split]) for split in SPLITS},
+            images={
+                split: ((file.class_name, file.file_name, file.member.read()) for file in files[split])
+                for split in SPLITS
+            },
+        )
+
+
+def _generate(params: SampleParams, workers: int) -> _Source:
+    counts = {"train": params.train_images, "val": params.val_images}
+
+    def images(split_number: int, count: int) -> Iterator[LabelledImage]:
+        # class by class, so that the order is that of an archive
+        num_classes = len(sample.CLASSES)
+        indices = [i for label in range(num_classes) for i in range(label, count, num_classes)]
+        render = partial(sample.render, params.seed, split_number, size=params.image_size)
+        for index, image in zip(indices, parallel_map(render, indices, workers), strict=True):
+            yield sample.CLASSES[index % num_classes], f"{index:05d}.jpg", image
+
+    return _Source(
+        classes=list(sample.CLASSES),
+        counts=counts,
+        images={split: images(number, counts[split]) for number, split in enumerate(SPLITS)},
+    )
+
+
+def _locate(data: DataParams, downloads: Path) -> Path:
+    """The local folder or archive behind `data.source`, downloaded where it has to be, its checksum checked."""
+    if data.source in NAMED_SOURCES:
+        url, published = NAMED_SOURCES[data.source]
+        return fetch(url, downloads, md5=data.md5 or published, sha256=data.sha256)
+    if data.source.startswith(("http://", "https://")):
+        return fetch(data.source, downloads, md5=data.md5, sha256=data.sha256)
+    path = Path(data.source).expanduser()
+    if path.is_dir():
+        return path  # its checksum is that of the content, known when it has been read
+    if path.is_file():
+        check(path, md5=data.md5, sha256=data.sha256)
+        return path
+    names = ("sample", *NAMED_SOURCES)
+    close = difflib.get_close_matches(data.source, names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise InputError(
+        f"params.yaml: data.source: {data.source!r} is no file or folder here{hint} (valid: {', '.join(names)}, or "
+        "the path or URL of a .tgz, .tar, .zip or folder with train/<class>/* and val/<class>/*)"
+    )
+
+
+def _check_folder(data: DataParams, found: str) -> None:
+    if data.md5:
+        raise InputError("params.yaml: data.md5: a folder has none; use data.sha256, the content hash in source.json")
+    if data.sha256 and data.sha256.lower() != found:
+        raise InputError(f"{data.source}: content sha256 is {found}, expected {data.sha256.lower()} (data.sha256)")
+
+
+def _write_tar(path: Path, images: Iterable[LabelledImage], split: str, total: int) -> None:
+    """Write the images in the order given; the same images give the same bytes."""
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for class_name, file_name, content in progress(images, f"extract {split}", total):
+            check_is_image(content, f"{split}/{class_name}/{file_name}")
+            info = tarfile.TarInfo(f"{class_name}/{file_name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+            tar.members = []  # type: ignore[misc]  # tarfile keeps every member otherwise
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(load_params(Params)), "extract")
