@@ -22,7 +22,7 @@ from typing import Annotated
 from pydantic import Field
 
 from stages.core import sample
-from stages.core.archive import SPLITS, Limits, open_image_set
+from stages.core.archive import Limits, open_image_set
 from stages.core.download import check, fetch, file_hash
 from stages.core.errors import InputError, run_main
 from stages.core.image import check_is_image
@@ -31,8 +31,7 @@ from stages.core.parallel import parallel_map
 from stages.core.params import Section, load_params
 from stages.core.progress import progress, stage_summary
 from stages.core.runtime import RuntimeParams, cache_dir, num_workers
-
-RAW = Path("data/raw")
+from stages.core.source import RAW, SPLITS, SourceInfo
 
 # fast.ai's addresses and md5; those of Imagenette are torchvision's too (torchvision.datasets.Imagenette).
 _FAST_AI = "https://s3.amazonaws.com/fast-ai-imageclas/"
@@ -85,8 +84,8 @@ def main(params: Params) -> None:
         content_hash = hashlib.sha256(hashes.encode()).hexdigest()
         if Path(params.data.source).expanduser().is_dir():
             _check_folder(params.data, content_hash)
-        info = {"classes": source.classes, "num_images": source.counts, "sha256": content_hash}
-        write_json(out / "source.json", info)
+        info = SourceInfo(classes=source.classes, num_images=source.counts, sha256=content_hash)
+        write_json(out / "source.json", info.model_dump())
         counts = " + ".join(f"{source.counts[split]:,} {split}" for split in SPLITS)
         made.append(f"{counts} images of {len(source.classes)} classes from {params.data.source} in {RAW}")
 
@@ -174,7 +173,7 @@ def _write_tar(path: Path, images: Iterable[LabelledImage], split: str, total: i
             info = tarfile.TarInfo(f"{class_name}/{file_name}")
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-            tar.members = []  # type: ignore[misc]  # tarfile keeps every member otherwise
+            tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every member otherwise
 
 
 if __name__ == "__main__":

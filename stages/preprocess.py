@@ -7,7 +7,6 @@ Command  python -m stages.preprocess
 
 from __future__ import annotations
 
-import json
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from stages.core.archive import SPLITS
 from stages.core.dataset import PROCESSED, PackMeta
 from stages.core.errors import InputError, run_main
 from stages.core.image import CropMode, Interpolation, decode
@@ -27,8 +25,7 @@ from stages.core.parallel import parallel_map
 from stages.core.params import Section, load_params
 from stages.core.progress import progress, stage_summary
 from stages.core.runtime import RuntimeParams, num_workers
-
-RAW = Path("data/raw")
+from stages.core.source import RAW, SPLITS, load_source_info
 
 
 class PreprocessParams(Section):
@@ -57,8 +54,8 @@ class _Packed(NamedTuple):
 
 def main(params: Params) -> None:
     """Write data/processed/ from data/raw/, or leave it as it was and raise InputError."""
-    source = _read_source()
-    classes: list[str] = source["classes"]
+    source = load_source_info()
+    classes = source.classes
     with stage_summary("preprocess") as made, replace_directory(PROCESSED) as out:
         files: dict[str, list[str]] = {}
         skipped: dict[str, list[str]] = {}
@@ -89,20 +86,13 @@ def main(params: Params) -> None:
             skipped=skipped,
             mean=[round(float(value) / 255, 6) for value in mean],
             std=[round(float(value) / 255, 6) for value in std],
-            source_sha256=source["sha256"],
+            source_sha256=source.sha256,
         )
         write_json(out / "meta.json", meta.model_dump())
         write_json(out / "files.json", files)
         num_skipped = sum(len(names) for names in skipped.values())
         made.append(f"{' + '.join(f'{len(files[split]):,} {split}' for split in SPLITS)} images at {size} px")
         made.append(f"{num_skipped} skipped, packed in {PROCESSED}")
-
-
-def _read_source() -> dict[str, list[str] | str]:
-    try:
-        return json.loads((RAW / "source.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{RAW}/source.json: not found; run `dvc repro extract` (or `dvc checkout`)") from None
 
 
 def _pack_split(split: str, out: Path, params: Params) -> tuple[list[str], NDArray[np.int64], list[str]]:

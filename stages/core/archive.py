@@ -20,20 +20,16 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from stages.core.errors import InputError
+from stages.core.source import SPLITS
 
-SPLITS = ("train", "val")
 # Litter of operating systems, left out silently wherever it lies.
 LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
 LITTER_PREFIXES = ("._", "__MACOSX")
 _CHUNK = 1 << 20
-_DECOMPRESSORS: dict[bytes, Callable[[Path], BinaryIO]] = {
-    b"\x1f\x8b": lambda path: gzip.open(path, "rb"),  # type: ignore[dict-item, return-value]
-    b"BZh": lambda path: bz2.open(path, "rb"),  # type: ignore[dict-item, return-value]
-    b"\xfd7zXZ": lambda path: lzma.open(path, "rb"),  # type: ignore[dict-item, return-value]
-}
+_DECOMPRESSORS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 
 
 @dataclass(frozen=True)
@@ -123,9 +119,7 @@ def _folder_members(path: Path, limits: Limits) -> tuple[list[Member], set[PureP
     return members, directories
 
 
-def _zip_members(
-    path: Path, archive: zipfile.ZipFile, limits: Limits
-) -> tuple[list[Member], set[PurePosixPath]]:
+def _zip_members(path: Path, archive: zipfile.ZipFile, limits: Limits) -> tuple[list[Member], set[PurePosixPath]]:
     members: list[Member] = []
     directories: set[PurePosixPath] = set()
     total = 0
@@ -175,7 +169,7 @@ def _tar_members(
         else:
             kind = "a link" if info.issym() or info.islnk() else "a device, pipe or other special file"
             raise InputError(f"{path}: {info.name!r} is {kind}; only files and folders are taken")
-        tar.members = []  # type: ignore[misc]  # tarfile keeps every member otherwise
+        tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every member otherwise
     # tarfile reads an archive that was cut between two members without a word: ask for the end marker.
     with plain.open("rb") as file:
         file.seek(tar.offset)
@@ -198,12 +192,12 @@ def _range_reader(path: Path, info: tarfile.TarInfo, plain: Path) -> Callable[[]
     return read
 
 
-def _decompress(path: Path, opener: Callable[[Path], BinaryIO], limits: Limits, scratch: Path) -> Path:
+def _decompress(path: Path, opener: Callable[..., Any], limits: Limits, scratch: Path) -> Path:
     plain = scratch / "source.tar"
     allowed = min(2 * limits.total_bytes, limits.ratio * max(path.stat().st_size, 1 << 16))
     written = 0
     try:
-        with opener(path) as compressed, plain.open("wb") as out:
+        with opener(path, "rb") as compressed, plain.open("wb") as out:
             while chunk := compressed.read(_CHUNK):
                 written += len(chunk)
                 if written > allowed:
@@ -248,9 +242,7 @@ def _count(path: Path, files: int, total: int, size: int, limits: Limits) -> int
     return total + size
 
 
-def _arrange(
-    path: Path, members: list[Member], directories: set[PurePosixPath]
-) -> dict[str, list[LabelledFile]]:
+def _arrange(path: Path, members: list[Member], directories: set[PurePosixPath]) -> dict[str, list[LabelledFile]]:
     names = [PurePosixPath(member.name) for member in members]
     root = _root_of_splits(path, {*names, *directories})
     files: dict[str, list[LabelledFile]] = {split: [] for split in SPLITS}
@@ -267,9 +259,9 @@ def _arrange(
     classes = {split: {file.class_name for file in files[split]} for split in SPLITS}
     for directory in directories:
         inside = directory.parts[len(root) :]
-        if directory.parts[: len(root)] == root and len(inside) == 2 and inside[0] in SPLITS:
-            if inside[1] not in classes[inside[0]] and not _is_litter(directory):
-                raise InputError(f"{path}: class {inside[1]!r} is empty in {inside[0]}/")
+        is_class = directory.parts[: len(root)] == root and len(inside) == 2 and inside[0] in SPLITS
+        if is_class and inside[1] not in classes[inside[0]] and not _is_litter(directory):
+            raise InputError(f"{path}: class {inside[1]!r} is empty in {inside[0]}/")
     _check_classes(path, classes)
     for split in SPLITS:
         files[split].sort(key=lambda file: (file.class_name, file.file_name))

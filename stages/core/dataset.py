@@ -66,7 +66,9 @@ def load_split(split: str, meta: PackMeta, folder: Path = PROCESSED) -> Split:
         raise InputError(f"{folder}: {error}; run `dvc repro preprocess`") from None
     count, size = meta.num_images[split], meta.image_size
     if images.shape != (count, size, size, 3) or images.dtype != np.uint8:
-        raise InputError(f"{images_path}: {images.dtype} {images.shape}, but meta.json says {count} images of {size} px")
+        raise InputError(
+            f"{images_path}: {images.dtype} {images.shape}, but meta.json says {count} images of {size} px"
+        )
     if labels.shape != (count,) or count == 0 or labels.min() < 0 or labels.max() >= len(meta.classes):
         raise InputError(f"{labels_path}: labels must be {count} numbers from 0 to {len(meta.classes) - 1}")
     return Split(images, labels.astype(np.int64, copy=False))

@@ -1,8 +1,7 @@
-"""The train step and the prediction pass: what train, profile and evaluate run."""
+"""The train step: what train runs and profile measures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +30,7 @@ class Trainer:
 
 def create_trainer(model: nn.Module, params: TrainParams, policy: Policy, device: torch.device) -> Trainer:
     """Put the model on the device and everything around it that training needs."""
-    model = model.to(device, memory_format=torch.channels_last).train()
+    model = model.to(device).to(memory_format=torch.channels_last).train()
     return Trainer(
         model=model,
         optimizer=optim.create(model, params),
@@ -51,7 +50,7 @@ def train_step(trainer: Trainer, images: Tensor, labels: Tensor, learning_rate: 
         logits = trainer.model(images)
     loss: Tensor = trainer.loss(logits.float(), labels)
     trainer.optimizer.zero_grad(set_to_none=True)
-    trainer.scaler.scale(loss).backward()
+    trainer.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
     if trainer.grad_clip is not None:
         trainer.scaler.unscale_(trainer.optimizer)
         nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.grad_clip)
@@ -72,16 +71,3 @@ def check_losses(losses: Tensor, first_step: int, learning_rates: list[float]) -
             "diverged; lower train.lr, lengthen train.warmup_epochs or set train.grad_clip"
         )
     return float(values.mean())
-
-
-@torch.inference_mode()
-def predict(model: nn.Module, batches: Iterable[Tensor], policy: Policy) -> Tensor:
-    """Logits float32 (N, num_classes) on the CPU of batches (B, 3, H, W), the model in evaluation mode."""
-    was_training = model.training
-    model.eval()
-    logits = []
-    for images in batches:
-        with policy.autocast(images.device):
-            logits.append(model(images).float())
-    model.train(was_training)
-    return torch.cat(logits).cpu()

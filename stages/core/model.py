@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -67,7 +68,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         raise InputError(f"{where}: expected a state dict (names to tensors)")
     state = {name.removeprefix("module."): value for name, value in loaded.items()}
     own = model.state_dict()
-    head = model.default_cfg["classifier"]
+    head: Any = dict(model.default_cfg)["classifier"]  # type: ignore[arg-type]  # timm sets it on every model
     heads = tuple(f"{name}." for name in ([head] if isinstance(head, str) else head))
     for name in [name for name in state if name.startswith(heads)]:
         if name in own and state[name].shape != own[name].shape:
@@ -110,7 +111,7 @@ def load(folder: Path, device: torch.device) -> tuple[nn.Module, ModelSpec]:
         model.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise InputError(f"{path}: cannot be loaded into {spec.architecture}: {_first_line(error)}") from None
-    return model.eval().to(device, memory_format=torch.channels_last), spec
+    return model.eval().to(device).to(memory_format=torch.channels_last), spec
 
 
 def _first_line(error: Exception) -> str:

@@ -12,7 +12,7 @@ from stages.core.recipe import TrainParams
 
 
 def create(model: nn.Module, params: TrainParams) -> torch.optim.Optimizer:
-    """timm's AdamW or Nesterov SGD, without weight decay on biases and norms, in one fused kernel."""
+    """Timm's AdamW or Nesterov SGD, without weight decay on biases and norms, in one fused kernel."""
     momentum = {"betas": (params.momentum, 0.999)} if params.optimizer == "adamw" else {"momentum": params.momentum}
     return create_optimizer_v2(
         model, opt=params.optimizer, lr=params.lr, weight_decay=params.weight_decay, fused=True, **momentum

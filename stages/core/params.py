@@ -26,9 +26,7 @@ SECTIONS = ("data", "sample", "preprocess", "model", "train", "evaluate", "profi
 class Section(BaseModel):
     """Base of every params model: frozen, no unknown keys, no silent conversion of types, no inf or nan."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 SectionType = TypeVar("SectionType", bound=Section)

@@ -6,6 +6,7 @@ among distractors and under an occluder, so that a classifier has to learn outli
 
 from __future__ import annotations
 
+import colorsys
 import io
 import math
 from collections.abc import Callable, Sequence
@@ -50,6 +51,10 @@ def _crescent() -> list[Point]:
     return _arc(50, 310, 1.0) + _arc(288, 72, 0.8, centre=(0.42, 0))
 
 
+def _drop() -> list[Point]:
+    return [(0, -1), *_arc(-25, 205, 0.62, centre=(0, 0.36))]
+
+
 def _arrow() -> list[Point]:
     return [(0, -1), (0.8, -0.1), (0.32, -0.1), (0.32, 1), (-0.32, 1), (-0.32, -0.1), (-0.8, -0.1)]
 
@@ -60,8 +65,8 @@ OUTLINES: dict[str, Callable[[], list[Point]]] = {
     "circle": lambda: _arc(0, 360, 0.95),
     "crescent": _crescent,
     "cross": _cross,
+    "drop": _drop,
     "heart": _heart,
-    "hexagon": lambda: _regular(6),
     "pentagon": lambda: _regular(5),
     "square": lambda: _regular(4),
     "star": lambda: _regular(5, inner=0.48),
@@ -75,22 +80,34 @@ def render(seed: int, split: int, index: int, size: int) -> bytes:
     rng = np.random.default_rng([seed, split, index])
     side = size * _SUPERSAMPLING
     scene = _background(rng, side)
-    for _ in range(int(rng.integers(2, 6))):
+    for _ in range(int(rng.integers(0, 4))):
         _distractor(rng, scene)
-    _object(rng, scene, OUTLINES[CLASSES[index % len(CLASSES)]]())
-    if rng.random() < 0.5:
+    label = index % len(CLASSES)
+    # Like things in photographs, each class leans to a colour, and often has another one.
+    typical = rng.random() < 0.6
+    hue = (256 * label // len(CLASSES) + int(rng.integers(-12, 13))) % 256 if typical else int(rng.integers(256))
+    _object(rng, scene, OUTLINES[CLASSES[label]](), hue)
+    if rng.random() < 0.35:
         _occluder(rng, scene)
     small = np.asarray(scene.reduce(_SUPERSAMPLING), dtype=np.int16)
-    noise = int(rng.integers(4, 22))
+    noise = int(rng.integers(2, 16))
     small = small + rng.integers(-noise, noise + 1, size=small.shape, dtype=np.int16)
     encoded = io.BytesIO()
     Image.fromarray(small.clip(0, 255).astype(np.uint8)).save(encoded, "JPEG", quality=92)
     return encoded.getvalue()
 
 
-def _colour(rng: np.random.Generator, low: int = 25, high: int = 235) -> Colour:
-    red, green, blue = (int(value) for value in rng.integers(low, high, size=3))
+def _muted(rng: np.random.Generator) -> Colour:
+    """A colour of backgrounds and clutter: dark to middling, hardly saturated."""
+    level = int(rng.integers(40, 140))
+    red, green, blue = (level + int(value) for value in rng.integers(-30, 31, size=3))
     return red, green, blue
+
+
+def _vivid(rng: np.random.Generator, hue: int) -> Colour:
+    """A colour of objects: bright, mostly saturated, of a hue (0 to 255)."""
+    red, green, blue = colorsys.hsv_to_rgb(hue / 256, rng.uniform(0.25, 0.85), rng.uniform(0.7, 1.0))
+    return int(255 * red), int(255 * green), int(255 * blue)
 
 
 def _background(rng: np.random.Generator, side: int) -> Image.Image:
@@ -98,14 +115,14 @@ def _background(rng: np.random.Generator, side: int) -> Image.Image:
     angle = rng.uniform(0, 2 * math.pi)
     rows, columns = np.mgrid[0:side, 0:side] / side - 0.5
     along = (rows * math.sin(angle) + columns * math.cos(angle) + 0.7) / 1.4
-    start, end = np.array(_colour(rng)), np.array(_colour(rng))
+    start, end = np.array(_muted(rng)), np.array(_muted(rng))
     pixels: NDArray[np.uint8] = (start + (end - start) * along[..., None]).clip(0, 255).astype(np.uint8)
     scene = Image.fromarray(pixels)
     draw = ImageDraw.Draw(scene, "RGBA")
     for _ in range(int(rng.integers(2, 6))):
         x, y = rng.uniform(0, side, size=2)
         radius = rng.uniform(0.12, 0.45) * side
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=(*_colour(rng), int(rng.integers(30, 110))))
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=(*_muted(rng), int(rng.integers(30, 110))))
     return scene
 
 
@@ -122,7 +139,7 @@ def _distractor(rng: np.random.Generator, scene: Image.Image) -> None:
     draw = ImageDraw.Draw(scene, "RGBA")
     side = scene.width
     x, y = (float(value) for value in rng.uniform(0, side, size=2))
-    fill = (*_colour(rng), int(rng.integers(120, 256)))
+    fill = (*_muted(rng), int(rng.integers(120, 256)))
     radius = float(rng.uniform(0.03, 0.11)) * side
     kind = int(rng.integers(3))
     if kind == 0:
@@ -136,12 +153,12 @@ def _distractor(rng: np.random.Generator, scene: Image.Image) -> None:
         draw.polygon(_place(corners, (x, y), radius, 0.0, 1.0), fill=fill)
 
 
-def _object(rng: np.random.Generator, scene: Image.Image, outline: list[Point]) -> None:
+def _object(rng: np.random.Generator, scene: Image.Image, outline: list[Point], hue: int) -> None:
     """The shape that the label names: textured, shaded, with a soft drop shadow."""
     side = scene.width
-    radius = float(rng.uniform(0.17, 0.40)) * side
+    radius = float(rng.uniform(0.28, 0.45)) * side
     x, y = (float(value) for value in rng.uniform(0.9 * radius, side - 0.9 * radius, size=2))
-    angle = float(rng.normal(0, 0.5))
+    angle = float(rng.normal(0, 0.2))
     points = _place(outline, (x, y), radius, angle, float(rng.uniform(0.75, 1.2)))
 
     shift = 0.08 * radius
@@ -149,19 +166,19 @@ def _object(rng: np.random.Generator, scene: Image.Image, outline: list[Point]) 
     ImageDraw.Draw(scene, "RGBA").polygon(shadow, fill=(0, 0, 0, 70))
 
     mask = Image.new("L", scene.size)
-    if rng.random() < 0.3:  # only the outline
+    if rng.random() < 0.15:  # only the outline
         ImageDraw.Draw(mask).line([*points, *points[:2]], fill=255, width=max(2, int(0.16 * radius)), joint="curve")
     else:
         ImageDraw.Draw(mask).polygon(points, fill=255)
-    scene.paste(_texture(rng, side), (0, 0), mask)
-    if rng.random() < 0.4:  # see-through, like glass
+    scene.paste(_texture(rng, side, hue), (0, 0), mask)
+    if rng.random() < 0.1:  # see-through, like glass
         faint = mask.point([int(value * 0.45) for value in range(256)])
         scene.paste(ImageChops.offset(scene, side // 3, side // 5), (0, 0), faint)
 
 
-def _texture(rng: np.random.Generator, side: int) -> Image.Image:
-    """Plain, striped or dotted, in two colours."""
-    base, second = _colour(rng), _colour(rng)
+def _texture(rng: np.random.Generator, side: int, hue: int) -> Image.Image:
+    """Plain, striped or dotted, in two shades."""
+    base, second = _vivid(rng, hue), _vivid(rng, (hue + int(rng.integers(-30, 31))) % 256)
     texture = Image.new("RGB", (side, side), base)
     draw = ImageDraw.Draw(texture)
     kind = int(rng.integers(3))
@@ -182,4 +199,4 @@ def _occluder(rng: np.random.Generator, scene: Image.Image) -> None:
     side = scene.width
     x0, y0, x1, y1 = (float(value) for value in rng.uniform(0, side, size=4))
     draw = ImageDraw.Draw(scene, "RGBA")
-    draw.line((x0, y0, x1, y1), fill=(*_colour(rng), 230), width=int(rng.uniform(0.03, 0.09) * side))
+    draw.line((x0, y0, x1, y1), fill=(*_muted(rng), 230), width=int(rng.uniform(0.03, 0.09) * side))

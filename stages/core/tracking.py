@@ -31,7 +31,7 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._live.end()
+        self._live.end()  # type: ignore[no-untyped-call]
 
 
 class _Live(Live):

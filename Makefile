@@ -1,0 +1,67 @@
+# `make help` lists the verbs. All of them work on a machine that has Python 3.11, make and git.
+.DEFAULT_GOAL := help
+.PHONY: help setup repro test test-all lint format exp show dag plots lock clean
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+# Stages are run as `python -m ...`: the virtual environment's python must be the first on PATH.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+# What was installed last: a new requirements.txt installs again.
+STAMP := $(VENV)/.installed
+
+help: ## list the verbs
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv with the pinned packages
+
+$(STAMP): requirements.txt
+	@test -n "$(PYTHON)" || { echo "make: no Python found: install Python 3.11, or say make PYTHON=/path/to/python" >&2; exit 2; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
+	  || { echo "make: $(PYTHON) is too old or too new: Python 3.10 to 3.13 is needed; say make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	"$(PYTHON)" -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.txt
+	@touch $@
+
+repro: setup ## run the pipeline (what is stale of it) and show the numbers
+	dvc repro
+	@echo
+	@dvc metrics show
+	@echo
+	@echo "Look at plots/evaluate/*.png, or run 'dvc plots show'. Next: dvc exp run -S train.lr=0.001"
+
+test: setup ## run the tests, but not the slow ones
+	python -m pytest -m "not slow"
+
+test-all: setup ## run all tests
+	python -m pytest
+
+lint: setup ## check style, format and types
+	ruff check .
+	ruff format --check .
+	mypy
+
+format: setup ## mend style and format
+	ruff check --fix .
+	ruff format .
+
+exp: setup ## run one experiment: make exp S="train.lr=0.001 train.epochs=4"
+	dvc exp run $(foreach setting,$(S),-S '$(setting)')
+
+show: setup ## compare the experiments
+	dvc exp show --only-changed
+
+dag: setup ## draw the pipeline
+	dvc dag
+
+plots: setup ## draw all plots into one page
+	dvc plots show
+
+lock: setup ## resolve pyproject.toml into requirements.txt again (needs the package index)
+	python -m pip install --quiet uv
+	uv pip compile --quiet --universal --python-version 3.10 --group dev --no-header -o requirements.txt pyproject.toml
+	sed -i.old "/sys_platform == 'never'/d" requirements.txt && rm requirements.txt.old
+
+clean: ## remove the virtual environment and everything that the pipeline made (not DVC's cache)
+	rm -rf $(VENV) data models dvc_plots metrics/profile.json .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

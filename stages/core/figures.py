@@ -1,0 +1,85 @@
+"""Pictures of the evaluation, drawn with Matplotlib; the same input gives the same bytes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+_DPI = 110
+
+
+def confusion_matrix(counts: NDArray[np.int64], classes: Sequence[str]) -> bytes:
+    """PNG of a confusion matrix (num_classes, num_classes), rows are the true classes, as shares of each row."""
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    num_classes = len(classes)
+    side = min(16.0, max(5.0, 1.8 + 0.52 * num_classes))
+    figure, axes = plt.subplots(figsize=(side, side), layout="constrained")
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="predicted", ylabel="true", title="Confusion matrix (share of the true class, %)")
+    if num_classes <= 40:
+        axes.set_xticks(range(num_classes), classes, rotation=45, ha="right")
+        axes.set_yticks(range(num_classes), classes)
+    if num_classes <= 20:
+        for row in range(num_classes):
+            for column in range(num_classes):
+                if counts[row, column]:
+                    colour = "white" if shares[row, column] > 0.5 else "black"
+                    percent = f"{100 * shares[row, column]:.0f}"
+                    axes.text(column, row, percent, ha="center", va="center", color=colour, fontsize=9)
+    return _png(figure)
+
+
+def reliability_diagram(rows: Sequence[dict[str, Any]], ece: float) -> bytes:
+    """PNG of accuracy against confidence by bin (rows of metrics.reliability), with the share of images below."""
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(5, 5.6), layout="constrained", sharex=True, height_ratios=(3, 1)
+    )
+    confidence = [row["confidence"] for row in rows]
+    top.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1, label="perfect")
+    top.plot(confidence, [row["accuracy"] for row in rows], marker="o", label="measured")
+    top.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), title=f"Reliability (calibration error {100 * ece:.1f} %)")
+    top.legend(loc="upper left")
+    bottom.bar(confidence, [row["num_images"] for row in rows], width=0.03, color="tab:grey")
+    bottom.set(xlabel="confidence", ylabel="images")
+    return _png(figure)
+
+
+def mistakes(images: NDArray[np.uint8], captions: Sequence[str], columns: int = 6) -> bytes:
+    """PNG of images (N, H, W, 3) in a grid with a caption each; N may be 0."""
+    rows = max(1, -(-len(images) // columns))
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.75 * columns, 2.15 * rows + 0.4), layout="constrained", squeeze=False
+    )
+    figure.suptitle("Most confident mistakes" if len(images) else "No mistakes")
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, caption in zip(axes.flat, images, captions, strict=False):
+        axis.imshow(image, interpolation="nearest")
+        axis.set_title(caption, fontsize=8)
+    return _png(figure)
+
+
+def memory_timeline(milliseconds: Sequence[float], megabytes: Sequence[float]) -> bytes:
+    """PNG of allocated memory (10^6 bytes) over time."""
+    figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
+    axes.fill_between(milliseconds, megabytes, step="post", alpha=0.4)
+    axes.plot(milliseconds, megabytes, drawstyle="steps-post", linewidth=0.8)
+    axes.set(xlabel="time (ms)", ylabel="allocated (MB)", title="Memory of the recorded steps", ylim=(0, None))
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    plt.close(figure)
+    return buffer.getvalue()

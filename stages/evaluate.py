@@ -1,0 +1,126 @@
+"""Stage evaluate: how good is the classifier on the validation images, how well calibrated, and where is it wrong?
+
+Inputs   models/classifier/, data/processed/; params `evaluate`
+Outputs  metrics/evaluate.json   top1, macro_f1, nll, ece
+         plots/evaluate/         confusion, reliability, precision-recall and per-class tables, and pictures of them
+Command  python -m stages.evaluate
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from stages.core.errors import InputError, run_main
+from stages.core.params import Section, load_params
+from stages.core.recipe import Precision
+from stages.core.runtime import RuntimeParams
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+METRICS = Path("metrics/evaluate.json")
+PLOTS = Path("plots/evaluate")
+
+
+class EvaluateParams(Section):
+    """The `evaluate` section of params.yaml."""
+
+    batch_size: Annotated[int, Field(ge=1)]
+    precision: Precision
+    num_bins: Annotated[int, Field(ge=2, le=100)]
+    num_mistakes: Annotated[int, Field(ge=1, le=100)]
+
+
+class Params(Section):
+    """What this stage reads."""
+
+    evaluate: EvaluateParams
+    runtime: RuntimeParams
+
+
+def main(params: Params) -> None:
+    """Predict the validation split, write metrics/evaluate.json and plots/evaluate/."""
+    import numpy as np
+    import torch
+
+    from stages.core import device, figures, inference, metrics, model, precision
+    from stages.core.dataset import load_meta, load_split
+    from stages.core.loader import evaluation_batches
+    from stages.core.output import write_bytes, write_json, write_text
+    from stages.core.progress import progress, stage_summary
+
+    meta = load_meta()
+    split = load_split("val", meta)
+    where = device.set_up(params.runtime)
+    policy = precision.resolve(params.evaluate.precision, where)
+    network, spec = model.load(model.CLASSIFIER, where)
+    if spec.class_ids != meta.class_ids:
+        raise InputError(
+            f"{model.CLASSIFIER} was trained on other classes than {len(meta.classes)} in data/processed "
+            f"({', '.join(meta.class_ids[:3])}, ...); run `dvc repro`"
+        )
+    with stage_summary("evaluate") as made:
+        batch_size = params.evaluate.batch_size
+        batches = evaluation_batches(split, spec.mean, spec.std, spec.image_size, batch_size, where, policy.dtype)
+        num_batches = -(-len(split.labels) // batch_size)
+        logits = inference.predict(network, progress(batches, "evaluate", num_batches, "batch"), policy)
+        probabilities: NDArray[np.float64] = torch.softmax(logits.double(), dim=1).numpy()
+        if not np.isfinite(probabilities).all():
+            raise InputError(f"{model.CLASSIFIER}: its outputs are not finite: the training run diverged")
+        predicted = probabilities.argmax(axis=1)
+
+        results = metrics.summary(probabilities, split.labels, params.evaluate.num_bins)
+        reliability = metrics.reliability(probabilities, split.labels, params.evaluate.num_bins)
+        counts = np.zeros((len(spec.classes), len(spec.classes)), dtype=np.int64)
+        np.add.at(counts, (split.labels, predicted), 1)
+        worst = _most_confident_mistakes(probabilities, split.labels, params.evaluate.num_mistakes)
+        captions = [
+            f"{spec.classes[split.labels[i]]}\nas {spec.classes[predicted[i]]} {probabilities[i].max():.0%}"
+            for i in worst
+        ]
+
+        pairs = [
+            {"actual": spec.classes[a], "predicted": spec.classes[p]}
+            for a, p in zip(split.labels, predicted, strict=True)
+        ]
+        write_text(PLOTS / "confusion.csv", _csv(pairs))
+        write_bytes(PLOTS / "confusion.png", figures.confusion_matrix(counts, spec.classes))
+        write_json(PLOTS / "reliability.json", reliability)
+        write_bytes(PLOTS / "reliability.png", figures.reliability_diagram(reliability, results["ece"]))
+        write_json(PLOTS / "precision_recall.json", metrics.precision_recall(probabilities, split.labels))
+        write_text(PLOTS / "per_class.csv", _csv(metrics.per_class(probabilities, split.labels, spec.classes)))
+        write_bytes(PLOTS / "mistakes.png", figures.mistakes(split.images[worst], captions))
+        write_json(METRICS, results | {"num_images": len(split.labels)})
+        made.append(", ".join(f"{name} {value:.4f}" for name, value in results.items()))
+        made.append(f"{(predicted != split.labels).sum()} mistakes in {len(split.labels):,} images")
+
+
+def _most_confident_mistakes(
+    probabilities: NDArray[np.float64], labels: NDArray[np.int64], count: int
+) -> NDArray[np.int64]:
+    """Indices of the wrong predictions, the most confident first, ties in the images' order."""
+    import numpy as np
+
+    wrong = np.flatnonzero(probabilities.argmax(axis=1) != labels)
+    order = np.argsort(-probabilities[wrong].max(axis=1), kind="stable")
+    return wrong[order][:count]
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: f"{value:.6f}" if isinstance(value, float) else value for key, value in row.items()})
+    return text.getvalue()
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(load_params(Params)), "evaluate")

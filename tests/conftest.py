@@ -1,0 +1,57 @@
+"""Fixtures: folders and repositories to work in."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import ROOT, TINY, commit_all, copy_of_checkout, run, set_params
+
+
+@pytest.fixture(scope="session")
+def make_repository(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Make a git repository of this checkout with tiny params, its cache_dir inside the test's own folder."""
+
+    def make(commit: bool = True, **overrides: Any) -> Path:
+        folder = copy_of_checkout(tmp_path_factory.mktemp("repository"))
+        cache = {"runtime.cache_dir": str(tmp_path_factory.mktemp("cache"))}
+        set_params(folder / "params.yaml", TINY | cache | {k.replace("__", "."): v for k, v in overrides.items()})
+        (folder / "dvc.lock").unlink(missing_ok=True)
+        run(folder, "git", "init", "-q")
+        run(folder, "git", "config", "user.name", "t")
+        run(folder, "git", "config", "user.email", "t@example.com")
+        if commit:
+            commit_all(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finished_repository(make_repository: Callable[..., Path]) -> Path:
+    """A tiny repository whose pipeline has run and is committed. Tests must leave it as it was: copy it to change it."""
+    folder = make_repository()
+    run(folder, "dvc", "repro")
+    commit_all(folder)
+    return folder
+
+
+@pytest.fixture
+def repository(finished_repository: Path, tmp_path: Path) -> Path:
+    """A copy of the finished repository, to change at will."""
+    folder = tmp_path / "repository"
+    shutil.copytree(finished_repository, folder, symlinks=True)
+    return folder
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder as the working directory, with this repository's params.yaml made tiny."""
+    shutil.copy2(ROOT / "params.yaml", tmp_path)
+    set_params(tmp_path / "params.yaml", TINY | {"runtime.cache_dir": str(tmp_path / "cache")})
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,0 +1,108 @@
+"""What tests share: tiny real data, tiny real repositories, the real dvc."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+# Overrides under which the whole pipeline takes seconds.
+TINY: dict[str, Any] = {
+    "sample.train_images": 60,
+    "sample.val_images": 20,
+    "sample.image_size": 32,
+    "preprocess.image_size": 32,
+    "model.name": "test_resnet",
+    "train.image_size": 32,
+    "train.epochs": 2,
+    "train.batch_size": 20,
+    "train.log_every": 2,
+    "evaluate.num_mistakes": 6,
+    "profile.timed_steps": 2,
+    "profile.active": 2,
+    "runtime.device": "cpu",
+    "runtime.workers": 0,
+}
+
+
+def set_params(path: Path, overrides: dict[str, Any]) -> None:
+    """Change keys such as `train.lr` of a params.yaml in place, comments kept."""
+    yaml = YAML()
+    document = yaml.load(path.read_text())
+    for key, value in overrides.items():
+        section, name = key.split(".")
+        document[section][name] = value
+    with path.open("w") as file:
+        yaml.dump(document, file)
+
+
+def run(folder: Path, *command: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder with this environment's python and dvc first on PATH."""
+    env = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": ""} | environment
+    env.pop("DVC_ROOT", None)
+    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+    if check:
+        assert result.returncode == 0, f"{command}: rc {result.returncode}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+def copy_of_checkout(folder: Path) -> Path:
+    """Copy what git knows or would add of this repository, and neither data nor DVC's cache."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+def commit_all(folder: Path) -> None:
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "-c", "user.name=t", "-c", "user.email=t@example.com", "commit", "-qm", "state")
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (24, 20), mode: str = "RGB") -> Image.Image:
+    """A random but smooth image."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, size=(4, 4, 3), dtype=np.uint8))
+    return small.resize(size, Image.Resampling.BICUBIC).convert(mode)
+
+
+def encoded(image: Image.Image, format: str = "JPEG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def image_files(num_train: int = 4, num_val: int = 2, classes: tuple[str, ...] = ("cat", "dog")) -> dict[str, bytes]:
+    """A valid image set as {path: content}."""
+    return {
+        f"{split}/{name}/{i}.jpg": encoded(picture(hash((label, i)) % 1000 + (split == "val")))
+        for split, count in (("train", num_train), ("val", num_val))
+        for label, name in enumerate(classes)
+        for i in range(count)
+    }
+
+
+def write_files(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
