@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from stages.core.errors import InputError
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 16  # bytes; what a break can lose
 _TIMEOUT = (10, 60)  # seconds to connect, and between two bytes
 _ATTEMPTS = 5
 

@@ -47,7 +47,8 @@ def decode(
     `size`), border (longer side to `size`, the rest filled with grey). An image that has the size already is not
     resampled. Raises InputError naming `name` when it cannot be decoded in full.
     """
-    with _open(content, name) as image:
+    with warnings.catch_warnings(), _open(content, name) as image:
+        warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
         try:
             # The JPEG decoder can scale by 1/2, 1/4, 1/8 for free: never below twice what is needed.
             image.draft(None, (2 * size, 2 * size))
@@ -64,7 +65,7 @@ def decode(
 def _open(content: bytes, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below decides
+            warnings.simplefilter("ignore")  # odd metadata, and sizes: the limit below decides
             image = Image.open(io.BytesIO(content), formats=FORMATS)
     except Image.UnidentifiedImageError:
         start = content[:16].decode("ascii", "replace").replace("\n", " ")

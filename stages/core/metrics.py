@@ -76,6 +76,7 @@ def precision_recall(probabilities: Probabilities, labels: Labels, num_points: i
     curves = []
     for i in range(probabilities.shape[1]):
         precision, recall, _ = precision_recall_curve(labels == i, probabilities[:, i])
+        precision, recall = precision[:-1], recall[:-1]  # without the point (recall 0, precision 1) that sklearn adds
         best = np.maximum.accumulate(precision)  # recall falls along the curve, so this is the best at or above it
         curves.append(best[np.searchsorted(-recall, -grid, side="right") - 1])
     mean, worst = np.mean(curves, axis=0), np.min(curves, axis=0)

@@ -1,0 +1,97 @@
+"""The train step does what it says, twice the same, and notices when it diverges."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from stages.core import engine, inference, model, precision
+from stages.core.device import set_up
+from stages.core.errors import InputError
+from stages.core.params import load_params
+from stages.core.recipe import TrainParams
+from stages.train import Params
+from tests.helpers import ROOT, TINY
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def params() -> Params:
+    params = load_params(Params, ROOT / "params.yaml")
+    network = params.model.model_copy(update={"name": TINY["model.name"]})
+    set_up(params.runtime.model_copy(update={"device": "cpu"}))
+    return params.model_copy(update={"model": network})
+
+
+def batch(count: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, 3, 32, 32, generator=generator), torch.arange(count) % 3
+
+
+def trainer(params: Params, dtype: str = "fp32", **changes: object) -> engine.Trainer:
+    train: TrainParams = params.train.model_copy(update=changes)
+    network = model.create(params.model, 3, train.seed)
+    return engine.create_trainer(network, train, precision.resolve(dtype, CPU), CPU)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_steps_lower_the_loss(dtype: str, optimizer: str, params: Params) -> None:
+    images, labels = batch()
+    state = trainer(params, dtype, optimizer=optimizer, label_smoothing=0.0)
+    losses = [engine.train_step(state, images, labels, 0.01, step).item() for step in range(20)]
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_the_same_run_gives_the_same_bits(params: Params) -> None:
+    images, labels = batch()
+    states = []
+    for _ in range(2):
+        state = trainer(params, "bf16", grad_clip=1.0)
+        for step in range(5):
+            engine.train_step(state, images, labels, 0.01, step)
+        states.append(state.average.module.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True))
+
+
+def test_the_average_lags_behind_and_can_be_switched_off(params: Params) -> None:
+    images, labels = batch()
+    averaged, plain = trainer(params, ema_decay=0.99), trainer(params, ema_decay=0.0)
+    for state in (averaged, plain):
+        for step in range(5):
+            engine.train_step(state, images, labels, 0.01, step)
+    assert plain.average.module is plain.model
+    weights = next(averaged.model.parameters())
+    assert torch.equal(weights, next(plain.model.parameters())), "averaging changed the training"
+    assert not torch.equal(weights, next(averaged.average.module.parameters()))
+
+
+def test_gradients_are_clipped(params: Params) -> None:
+    images, labels = batch()
+    state = trainer(params, grad_clip=0.01)
+    engine.train_step(state, 100 * images, labels, 0.0, 0)
+    norm = torch.cat([p.grad.flatten() for p in state.model.parameters() if p.grad is not None]).norm()
+    assert norm.item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_divergence_is_told_with_its_step() -> None:
+    losses = torch.tensor([1.0, float("nan"), float("inf")])
+    with pytest.raises(InputError, match=r"the loss is nan at step 101, learning rate 0\.2.*lower train\.lr"):
+        engine.check_losses(losses, 100, [0.1, 0.2, 0.3])
+    assert engine.check_losses(torch.tensor([1.0, 3.0]), 0, [0.1, 0.1]) == 2.0
+
+
+def test_prediction_neither_depends_on_batches_nor_changes_the_model(params: Params) -> None:
+    images, _ = batch(12)
+    network = trainer(params).model
+    before = copy.deepcopy(network.state_dict())
+    policy = precision.resolve("fp32", CPU)
+    whole = inference.predict(network, [images], policy)
+    parts = inference.predict(network, images.split(5), policy)
+    torch.testing.assert_close(whole, parts, atol=1e-5, rtol=1e-5)
+    assert whole.shape == (12, 3)
+    assert network.training
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), network.state_dict().values(), strict=True))
