@@ -1,6 +1,6 @@
 # `make help` lists the verbs. All of them work on a machine that has Python 3.11, make and git.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-all lint format exp show dag plots lock clean
+.PHONY: help setup repro test test-slow lint format exp show dag plots lock clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -33,8 +33,8 @@ repro: setup ## run the pipeline (what is stale of it) and show the numbers
 test: setup ## run the tests, but not the slow ones
 	python -m pytest -m "not slow"
 
-test-all: setup ## run all tests
-	python -m pytest
+test-slow: setup ## run the slow tests: whole runs, and the real images where they are at hand
+	python -m pytest -m slow
 
 lint: setup ## check style, format and types
 	ruff check .

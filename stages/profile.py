@@ -16,6 +16,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import resource
 import sys
 import time
@@ -69,6 +70,7 @@ class Params(Section):
 
 def main(params: Params) -> None:
     """Time the train step undisturbed, then record it."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's library reports every start and stop otherwise
     from stages.core import device, engine, model, precision
     from stages.core.dataset import load_meta, load_split
     from stages.core.output import replace_directory, write_json, write_text
@@ -88,8 +90,8 @@ def main(params: Params) -> None:
         numbers["peak_memory_mb"] = _peak_memory_mb(where)
         numbers["flops_per_image"] = flops
         with replace_directory(PROFILE) as out:
-            cycle = _record_steps(trainer, batches, params, where, out)
-            write_text(out / "operators.csv", _operator_table(cycle, params.profile.active))
+            profiler = _record_steps(trainer, batches, params, where, out)
+            write_text(out / "operators.csv", _operator_table(profiler, params.profile.active * params.profile.repeat))
             if params.profile.profile_memory:
                 for trace in sorted(out.glob("trace*.json.gz")):
                     _draw_memory(trace)
@@ -156,7 +158,7 @@ def _record_steps(
     where: torch.device,
     out: Path,
 ) -> profile:
-    """Run the schedule; write a trace a cycle and the table of the last; return the profiler after its last cycle."""
+    """Run the schedule; write a trace a cycle and the table of operators by time; return the profiler at its end."""
     from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
     from stages.core.engine import train_step
@@ -181,6 +183,7 @@ def _record_steps(
         with_stack=knobs.with_stack,
         with_flops=knobs.with_flops,
         with_modules=knobs.with_modules,
+        acc_events=True,
     ) as profiler:
         for step in range((knobs.wait + knobs.warmup + knobs.active) * knobs.repeat):
             with record_function("load"):
@@ -191,11 +194,11 @@ def _record_steps(
     return profiler  # type: ignore[no-any-return]
 
 
-def _operator_table(cycle: profile, num_steps: int) -> str:
+def _operator_table(profiler: profile, num_steps: int) -> str:
     """CSV of the operators of one step: name, input shapes, calls and FLOPs; all of it repeats from run to run."""
     rows = [
         (event.key, str(event.input_shapes or ""), event.count / num_steps, (event.flops or 0) / num_steps)
-        for event in cycle.key_averages(group_by_input_shape=True)
+        for event in profiler.key_averages(group_by_input_shape=True)
         if event.key.startswith("aten::")
     ]
     text = io.StringIO()

@@ -33,7 +33,7 @@ def make_repository(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 
 @pytest.fixture(scope="session")
 def finished_repository(make_repository: Callable[..., Path]) -> Path:
-    """A tiny repository whose pipeline has run and is committed. Tests must leave it as it was: copy it to change it."""
+    """A tiny repository whose pipeline has run and is committed. Tests leave it as it was: `repository` is a copy."""
     folder = make_repository()
     run(folder, "dvc", "repro")
     commit_all(folder)

@@ -62,7 +62,7 @@ def load_split(split: str, meta: PackMeta, folder: Path = PROCESSED) -> Split:
     try:
         images = np.load(images_path, mmap_mode="r")
         labels = np.load(labels_path)
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ValueError, EOFError) as error:
         raise InputError(f"{folder}: {error}; run `dvc repro preprocess`") from None
     count, size = meta.num_images[split], meta.image_size
     if images.shape != (count, size, size, 3) or images.dtype != np.uint8:

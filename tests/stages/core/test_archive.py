@@ -3,7 +3,6 @@ from __future__ import annotations
 import gzip
 import io
 import os
-import struct
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -255,7 +254,7 @@ def test_a_gzip_bomb_is_cut_off_early(tmp_path: Path, scratch: Path) -> None:
     refused(path, scratch, "unpacks to more than", Limits(files=10, total_bytes=1_000_000, ratio=1000))
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>404</html>" * 100, struct.pack("<10I", *range(10)), b"PK\x03\x04junk"])
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>" * 100, bytes(range(40)), b"PK\x03\x04junk"])
 def test_what_is_no_archive_is_refused(content: bytes, tmp_path: Path, scratch: Path) -> None:
     path = tmp_path / "set.tgz"
     path.write_bytes(content)

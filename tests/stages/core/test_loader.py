@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from stages.core.dataset import PackMeta, Split
+from stages.core.errors import InputError
+from stages.core.loader import evaluation_batches, normalise, num_batches, training_batches
+from stages.core.params import load_params
+from stages.core.recipe import TrainParams
+from stages.train import Params
+from tests.helpers import ROOT
+
+CPU = torch.device("cpu")
+COUNT, SIZE = 50, 24
+
+
+@pytest.fixture
+def split() -> Split:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, size=(COUNT, SIZE, SIZE, 3), dtype=np.uint8)
+    return Split(images, np.arange(COUNT, dtype=np.int64))  # the label is the index: batches tell who is in them
+
+
+@pytest.fixture
+def meta() -> PackMeta:
+    return PackMeta(
+        classes=[str(i) for i in range(COUNT)],
+        class_ids=[str(i) for i in range(COUNT)],
+        image_size=SIZE,
+        crop_mode="center",
+        interpolation="bilinear",
+        num_images={"train": COUNT, "val": COUNT},
+        num_per_class={},
+        skipped={},
+        mean=[0.4, 0.5, 0.6],
+        std=[0.2, 0.25, 0.3],
+        source_sha256="",
+    )
+
+
+def params(**changes: object) -> TrainParams:
+    base = load_params(Params, ROOT / "params.yaml").train
+    return base.model_copy(update={"image_size": 16, "batch_size": 8} | changes)
+
+
+def epoch(split: Split, meta: PackMeta, number: int = 0, **changes: object) -> tuple[list[int], torch.Tensor]:
+    batches = list(training_batches(split, meta, params(**changes), number, CPU, torch.float32))
+    return torch.cat([labels for _, labels in batches]).tolist(), torch.cat([images for images, _ in batches])
+
+
+def test_an_epoch_shows_each_image_once_in_a_new_order(split: Split, meta: PackMeta) -> None:
+    first, second = epoch(split, meta, 0)[0], epoch(split, meta, 1)[0]
+    assert len(set(first)) == len(first) == 48  # whole batches of 8
+    assert first != sorted(first)
+    assert first != second
+
+
+def test_images_do_not_depend_on_the_batch_size(split: Split, meta: PackMeta) -> None:
+    labels, images = epoch(split, meta)
+    other_labels, other_images = epoch(split, meta, batch_size=12)
+    assert labels == other_labels
+    torch.testing.assert_close(images, other_images, atol=1e-5, rtol=0)
+
+
+def test_seed_and_epoch_change_the_images(split: Split, meta: PackMeta) -> None:
+    labels, images = epoch(split, meta)
+    for other_labels, other_images in (epoch(split, meta, 1), epoch(split, meta, seed=5)):
+        assert labels != other_labels
+        mine, theirs = images[labels.index(7)], other_images[other_labels.index(7)]
+        assert not torch.allclose(mine, theirs)
+
+
+def test_without_augmentation_an_image_comes_through_whole(split: Split, meta: PackMeta) -> None:
+    labels, images = epoch(split, meta, image_size=SIZE, crop_scale=[1.0, 1.0], crop_ratio=[1.0, 1.0], flip=0.0)
+    expected = normalise(torch.from_numpy(split.images[labels]).permute(0, 3, 1, 2).float(), meta.mean, meta.std)
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
+    _, flipped = epoch(split, meta, image_size=SIZE, crop_scale=[1.0, 1.0], crop_ratio=[1.0, 1.0], flip=1.0)
+    torch.testing.assert_close(flipped, expected.flip(3), atol=1e-5, rtol=0)
+
+
+def test_flips_happen_as_often_as_asked(split: Split, meta: PackMeta) -> None:
+    whole: dict[str, object] = {"image_size": SIZE, "crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0]}
+    plain = dict(zip(*epoch(split, meta, flip=0.0, **whole), strict=True))
+    num_flipped = sum(
+        not torch.allclose(image, plain[label])
+        for number in range(10)
+        for label, image in zip(*epoch(split, meta, number, flip=0.25, **whole), strict=True)
+        if label in plain
+    )
+    assert 80 < num_flipped < 160  # of about 460, a quarter is 115
+
+
+def test_normalisation() -> None:
+    images = torch.full((1, 3, 2, 2), 255.0)
+    out = normalise(images, [0.5, 0.25, 0.0], [0.5, 0.25, 2.0])
+    assert out[0, :, 0, 0].tolist() == pytest.approx([1.0, 3.0, 0.5])
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_evaluation_sees_every_image_whole_and_in_order(split: Split, meta: PackMeta) -> None:
+    batches = list(evaluation_batches(split, meta.mean, meta.std, SIZE, 16, CPU, torch.float32))
+    assert [len(batch) for batch in batches] == [16, 16, 16, 2]
+    expected = normalise(torch.from_numpy(split.images).permute(0, 3, 1, 2).float(), meta.mean, meta.std)
+    torch.testing.assert_close(torch.cat(batches), expected, atol=1e-5, rtol=0)
+
+
+def test_a_batch_larger_than_the_data_is_refused() -> None:
+    assert num_batches(100, 30) == 3
+    with pytest.raises(InputError, match=r"train\.batch_size: 64 is more than the 10 training images"):
+        num_batches(10, 64)

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from stages.core import model
+from stages.core.errors import InputError
+from stages.core.recipe import ModelParams
+
+CPU = torch.device("cpu")
+NAME = "test_resnet"
+
+
+def params(**changes: object) -> ModelParams:
+    return ModelParams.model_validate({"name": NAME, "pretrained": False, "weights": None} | changes)
+
+
+def spec(num_classes: int = 3) -> model.ModelSpec:
+    names = [str(i) for i in range(num_classes)]
+    return model.ModelSpec(
+        architecture=NAME, classes=names, class_ids=names, image_size=32, mean=[0.5] * 3, std=[0.25] * 3
+    )
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_a_seed_gives_the_same_model() -> None:
+    assert same(model.create(params(), 3, 1), model.create(params(), 3, 1))
+    assert not same(model.create(params(), 3, 1), model.create(params(), 3, 2))
+
+
+def test_a_saved_model_comes_back_with_its_spec(tmp_path: Path) -> None:
+    network = model.create(params(), 3, 0)
+    model.save(tmp_path / "classifier", network, spec())
+    loaded, found = model.load(tmp_path / "classifier", CPU)
+    assert same(network, loaded)
+    assert found == spec()
+    assert not loaded.training
+    assert sorted(path.name for path in (tmp_path / "classifier").iterdir()) == ["model.json", "model.safetensors"]
+
+
+def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    network = model.create(params(), 3, 0).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for name in "ab":
+        model.save(tmp_path / name, network, spec())
+    for file in ("model.json", "model.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("wrapper", [None, "state_dict"])
+def test_weights_come_from_a_file(suffix: str, wrapper: str | None, tmp_path: Path) -> None:
+    source = model.create(params(), 3, 7)
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".safetensors":
+        save_file(source.state_dict(), path)
+    else:
+        torch.save({wrapper: source.state_dict()} if wrapper else source.state_dict(), path)
+    assert same(model.create(params(weights=str(path)), 3, 0), source)
+
+
+def test_a_head_for_other_classes_stays_fresh(tmp_path: Path) -> None:
+    source = model.create(params(), 5, 7)
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    network = model.create(params(weights=str(tmp_path / "w.safetensors")), 3, 0)
+    fresh = model.create(params(), 3, 0)
+    for name, value in network.state_dict().items():
+        reference = fresh if name.startswith("fc.") else source
+        assert torch.equal(value, reference.state_dict()[name]), name
+
+
+def test_wrong_weights_are_refused_by_name(tmp_path: Path) -> None:
+    good = model.create(params(), 3, 0).state_dict()
+    first = next(iter(good))
+    cases = {
+        "lacks": {name: value for name, value in good.items() if name != first},
+        "has unknown extra": good | {"extra": torch.zeros(1)},
+        f"has another shape of {first}": good | {first: torch.zeros(1)},
+    }
+    path = tmp_path / "w.safetensors"
+    for message, state in cases.items():
+        save_file(state, path)
+        with pytest.raises(InputError, match=rf"model\.weights: .*w\.safetensors: does not fit model\.name: {message}"):
+            model.create(params(weights=str(path)), 3, 0)
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
+def test_files_that_are_no_state_dict_are_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    with pytest.raises(InputError, match="no such file"):
+        model.create(params(weights=str(path)), 3, 0)
+    for content in (b"", b"hello", b"<html>" * 100):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"model\.weights: .*(not a readable state dict|refused)"):
+            model.create(params(weights=str(path)), 3, 0)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (Path.touch, ("/tmp/evil",))  # type: ignore[return-value]
+
+
+def test_code_in_a_pickle_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({"x": Evil()}, path)
+    with pytest.raises(InputError, match="refused: it holds more than tensors"):
+        model.create(params(weights=str(path)), 3, 0)
+    path.write_bytes(pickle.dumps(Evil(), protocol=2))
+    with pytest.raises(InputError, match="refused|not a readable"):
+        model.create(params(weights=str(path)), 3, 0)
+
+
+def test_pretrained_without_the_hub_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"no weights of 'resnet18' came from the hub.*model\.weights to a local file"):
+        model.create(params(name="resnet18", pretrained=True), 3, 0)
+
+
+def test_pretrained_and_weights_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="exclude each other"):
+        params(pretrained=True, weights="x")
+
+
+def test_broken_model_directories_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"model\.json: not found; run `dvc repro train`"):
+        model.load(tmp_path, CPU)
+    model.save(tmp_path / "m", model.create(params(), 3, 0), spec(4))
+    with pytest.raises(InputError, match=r"model\.safetensors: cannot be loaded"):
+        model.load(tmp_path / "m", CPU)
+    content = json.loads((tmp_path / "m" / "model.json").read_text())
+    del content["classes"]
+    (tmp_path / "m" / "model.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="not a model description"):
+        model.load(tmp_path / "m", CPU)
