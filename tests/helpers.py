@@ -32,6 +32,7 @@ TINY: dict[str, Any] = {
     "profile.timed_steps": 2,
     "profile.active": 2,
     "runtime.device": "cpu",
+    "runtime.threads": 1,
     "runtime.workers": 0,
 }
 
@@ -47,9 +48,11 @@ def set_params(path: Path, overrides: dict[str, Any]) -> None:
         yaml.dump(document, file)
 
 
-def run(folder: Path, *command: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    folder: Path, *command: str, check: bool = True, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a command in a folder with this environment's python and dvc first on PATH."""
-    env = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": ""} | environment
+    env = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": ""} | (environment or {})
     env.pop("DVC_ROOT", None)
     result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
     if check:

@@ -24,15 +24,6 @@ def is_clean(repository: Path) -> bool:
     return run(repository, "git", "status", "--porcelain").stdout == ""
 
 
-def experiments(repository: Path) -> list[dict[str, str]]:
-    """Rows of `dvc exp show` that are experiments."""
-    import csv
-    import io
-
-    rows = csv.DictReader(io.StringIO(run(repository, "dvc", "exp", "show", "--csv").stdout))
-    return [row for row in rows if row["typ"] == "branch_base" or row["typ"] == "branch_commit"]
-
-
 def test_a_run_leaves_all_that_it_promises_and_git_clean(repository: Path) -> None:
     assert is_clean(repository)
     assert run(repository, "dvc", "status").stdout.strip() == "Data and pipelines are up to date."
@@ -86,7 +77,7 @@ def test_changing_what_only_evaluate_imports_reruns_evaluate_only(repository: Pa
 
 
 def test_changing_the_runtime_reruns_the_profile_only(repository: Path) -> None:
-    set_params(repository / "params.yaml", {"runtime.threads": 1})
+    set_params(repository / "params.yaml", {"runtime.threads": 2})
     assert stages_run(run(repository, "dvc", "repro").stdout) == ["profile"]
 
 

@@ -110,7 +110,7 @@ def test_a_stage_opens_exactly_what_it_declares(stage: str, repository: Path, tm
         "PYTHONPATH": str(tmp_path / "hook"), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPYCACHEPREFIX": str(tmp_path),
         "AUDIT_ROOT": str(repository), "AUDIT_LOG": str(log),
     }  # fmt: skip
-    run(repository, sys.executable, "-m", f"stages.{stage}", **environment)
+    run(repository, sys.executable, "-m", f"stages.{stage}", environment=environment)
     opened = {(line[0], line[2:]) for line in log.read_text().splitlines()}
     reads = {path for mode, path in opened if mode == "r"}
     declared = paths(STAGES[stage]["deps"])

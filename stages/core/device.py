@@ -19,7 +19,7 @@ def set_up(runtime: RuntimeParams) -> torch.device:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
     torch.use_deterministic_algorithms(True)
     # On by default with it: a help in finding reads of uninitialised memory, and 14 % of a train step.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
     return resolve(runtime.device)
 

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 def params() -> Params:
     params = load_params(Params, ROOT / "params.yaml")
     network = params.model.model_copy(update={"name": TINY["model.name"]})
-    set_up(params.runtime.model_copy(update={"device": "cpu"}))
+    set_up(params.runtime.model_copy(update={"device": "cpu", "threads": 1}))
     return params.model_copy(update={"model": network})
 
 
@@ -90,7 +90,7 @@ def test_prediction_neither_depends_on_batches_nor_changes_the_model(params: Par
     before = copy.deepcopy(network.state_dict())
     policy = precision.resolve("fp32", CPU)
     whole = inference.predict(network, [images], policy)
-    parts = inference.predict(network, images.split(5), policy)
+    parts = inference.predict(network, [images[:5], images[5:10], images[10:]], policy)
     torch.testing.assert_close(whole, parts, atol=1e-5, rtol=1e-5)
     assert whole.shape == (12, 3)
     assert network.training

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -81,7 +83,7 @@ def test_without_augmentation_an_image_comes_through_whole(split: Split, meta: P
 
 
 def test_flips_happen_as_often_as_asked(split: Split, meta: PackMeta) -> None:
-    whole: dict[str, object] = {"image_size": SIZE, "crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0]}
+    whole: Any = {"image_size": SIZE, "crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0]}
     plain = dict(zip(*epoch(split, meta, flip=0.0, **whole), strict=True))
     num_flipped = sum(
         not torch.allclose(image, plain[label])

@@ -47,7 +47,7 @@ def test_a_saved_model_comes_back_with_its_spec(tmp_path: Path) -> None:
 
 
 def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:
-    network = model.create(params(), 3, 0).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = model.create(params(), 3, 0).to(memory_format=torch.channels_last)
     for name in "ab":
         model.save(tmp_path / name, network, spec())
     for file in ("model.json", "model.safetensors"):
@@ -104,7 +104,7 @@ def test_files_that_are_no_state_dict_are_refused(name: str, tmp_path: Path) -> 
 
 class Evil:
     def __reduce__(self) -> tuple[object, tuple[str]]:
-        return (Path.touch, ("/tmp/evil",))  # type: ignore[return-value]
+        return (Path.touch, ("/tmp/evil",))
 
 
 def test_code_in_a_pickle_is_refused(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def test_the_committed_file_is_valid(stage: str, params_file: Path) -> None:
     params = load_params(STAGES[stage].Params, params_file)
     assert set(STAGES[stage].Params.model_fields) <= set(SECTIONS)
     with pytest.raises(ValueError, match="frozen"):
-        params.runtime = None  # type: ignore[misc, assignment]
+        params.runtime = None
 
 
 def test_every_section_is_read_by_a_stage() -> None:
@@ -101,7 +101,7 @@ def test_a_wrong_value_is_refused_by_name(stage: str, key: str, value: Any, mess
 def test_unknown_and_missing_keys_are_refused_in_every_section(stage: str, params_file: Path) -> None:
     original = params_file.read_text()
     for section in STAGES[stage].Params.model_fields:
-        first_key = next(iter(STAGES[stage].Params.model_fields[section].annotation.model_fields))  # type: ignore[union-attr]
+        first_key = next(iter(STAGES[stage].Params.model_fields[section].annotation.model_fields))
         set_params(params_file, {f"{section}.{first_key}x": 1})
         with pytest.raises(InputError, match=rf"{section}\.{first_key}x: unknown key; did you mean '{first_key}'\?"):
             load_params(STAGES[stage].Params, params_file)
