@@ -31,6 +31,7 @@ TINY: dict[str, Any] = {
     "evaluate.num_mistakes": 6,
     "profile.timed_steps": 2,
     "profile.active": 2,
+    "profile.profile_memory": True,
     "runtime.device": "cpu",
     "runtime.threads": 1,
     "runtime.workers": 0,

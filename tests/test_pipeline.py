@@ -93,9 +93,9 @@ root, log = os.environ["AUDIT_ROOT"], os.open(os.environ["AUDIT_LOG"], os.O_WRON
 def hook(event, args):
     if event == "open" and isinstance(args[0], (str, bytes)):
         path = os.path.abspath(os.fsdecode(args[0]))
-        if path.startswith(root + os.sep):
-            writes = bool((args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-            os.write(log, f"{'w' if writes else 'r'} {os.path.relpath(path, root)}\\n".encode())
+        writes = (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if path.startswith(root + os.sep) and os.path.isfile(path) and not writes:
+            os.write(log, f"{os.path.relpath(path, root)}\\n".encode())
 sys.addaudithook(hook)
 """
 
@@ -111,21 +111,21 @@ def test_a_stage_opens_exactly_what_it_declares(stage: str, repository: Path, tm
         "AUDIT_ROOT": str(repository), "AUDIT_LOG": str(log),
     }  # fmt: skip
     run(repository, sys.executable, "-m", f"stages.{stage}", environment=environment)
-    opened = {(line[0], line[2:]) for line in log.read_text().splitlines()}
-    reads = {path for mode, path in opened if mode == "r"}
+    reads = set(log.read_text().splitlines())
     declared = paths(STAGES[stage]["deps"])
     outs = paths(STAGES[stage]["outs"])
 
     def covered(path: str, by: set[str]) -> bool:
         return any(path == name or path.startswith(f"{name}/") for name in by)
 
-    internal = re.compile(r"\.dvc/|\.git/|\.git$|\.dvcignore$|dvc\.yaml$|dvc\.lock$|pyproject\.toml$|setup\.cfg$")
+    # DVCLive looks at the repository that it runs in.
+    internal = re.compile(r"\.dvc/|\.git/|\.git$|\.gitignore$|\.dvcignore$|dvc\.yaml$|dvc\.lock$")
     written = outs | ({"data/profile", "metrics/profile.json"} if stage == "profile" else set())
-    own = written | {re.sub(r"([^/]+)$", r".\1.new", path) for path in written}  # through a temporary name
+    temporary = {re.sub(r"([^/]+)$", rf".\1.{suffix}", path) for path in written for suffix in ("new", "old")}
     undeclared = {
         path
         for path in reads
-        if not covered(path, declared | own | {"params.yaml"}) and not internal.search(path) and "__init__" not in path
+        if not covered(path, declared | written | temporary | {"params.yaml"}) and not internal.search(path) and "__init__" not in path
     }
     assert not undeclared, f"{stage} reads what dvc.yaml does not declare"
     unread = {name for name in declared if not any(covered(path, {name}) for path in reads)}

@@ -134,7 +134,7 @@ def test_evaluate_refuses_a_model_of_other_classes(packed: Path) -> None:
 
 
 def test_profile_measures_and_records(packed: Path) -> None:
-    overrides = {"profile.repeat": 2, "profile.profile_memory": True, "profile.with_stack": True}
+    overrides = {"profile.repeat": 2, "profile.with_stack": True}
     set_params(packed / "params.yaml", overrides)
     profile.main(load_params(profile.Params))
     names = files(packed / "data/profile")
@@ -149,7 +149,7 @@ def test_profile_measures_and_records(packed: Path) -> None:
     assert 0 < numbers["data_wait_share"] < 1
     table = names["operators.csv"].decode()
     assert "aten::convolution_backward" in table
-    set_params(packed / "params.yaml", {"profile.repeat": 1, "profile.profile_memory": False})
+    set_params(packed / "params.yaml", {"profile.repeat": 1})
     profile.main(load_params(profile.Params))
     assert files(packed / "data/profile")["operators.csv"].decode() == table, "the hashed out does not repeat"
 
