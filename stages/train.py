@@ -59,7 +59,8 @@ def main(params: Params) -> None:
                 loss, num_steps = _train_epoch(trainer, train_split, meta, params.train, epoch, where, tracker)
                 seconds = time.perf_counter() - start
                 val_loss, val_top1 = _validate(trainer, val_split, meta, params.train, where)
-                tracker.log((epoch + 1) * num_steps, {"epoch": epoch + 1, "val/loss": val_loss, "val/top1": val_top1})
+                tracker.log((epoch + 1) * num_steps, {"val/loss": val_loss, "val/top1": val_top1})
+                tracker.log((epoch + 1) * num_steps, {"epoch": epoch + 1}, history=False)
                 print(
                     f"epoch {epoch + 1}/{params.train.epochs}  loss {loss:.4f}  val loss {val_loss:.4f}  "
                     f"val top-1 {val_top1:.4f}  {num_steps * params.train.batch_size / seconds:,.0f} img/s",

@@ -50,7 +50,9 @@ def test_make_help_lists_every_verb() -> None:
 
 def test_every_dvc_command_that_is_shown_is_one() -> None:
     text = "\n".join((ROOT / document).read_text() for document in DOCUMENTS)
-    commands = set(re.findall(r"(?:^\$ |`)dvc ([a-z]+(?: (?:run|show|diff|start|status|list|apply))?)\b", text, re.MULTILINE))
+    commands = set(
+        re.findall(r"(?:^\$ |`)dvc ([a-z]+(?: (?:run|show|diff|start|status|list|apply))?)\b", text, re.MULTILINE)
+    )
     assert len(commands) > 5
     for command in commands:
         run(ROOT, "dvc", *command.split(), "--help")

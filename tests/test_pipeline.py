@@ -23,8 +23,8 @@ def paths(entries: list[Any]) -> set[str]:
     return {entry if isinstance(entry, str) else next(iter(entry)) for entry in entries}
 
 
-def data_deps(stage: str) -> set[str]:
-    return {path for path in paths(STAGES[stage]["deps"]) if not path.endswith(".py")}
+def outputs(stage: str) -> set[str]:
+    return set().union(*(paths(STAGES[stage].get(kind, [])) for kind in ("outs", "metrics", "plots")))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -113,19 +113,20 @@ def test_a_stage_opens_exactly_what_it_declares(stage: str, repository: Path, tm
     run(repository, sys.executable, "-m", f"stages.{stage}", environment=environment)
     reads = set(log.read_text().splitlines())
     declared = paths(STAGES[stage]["deps"])
-    outs = paths(STAGES[stage]["outs"])
 
     def covered(path: str, by: set[str]) -> bool:
         return any(path == name or path.startswith(f"{name}/") for name in by)
 
     # DVCLive looks at the repository that it runs in.
     internal = re.compile(r"\.dvc/|\.git/|\.git$|\.gitignore$|\.dvcignore$|dvc\.yaml$|dvc\.lock$")
-    written = outs | ({"data/profile", "metrics/profile.json"} if stage == "profile" else set())
+    written = outputs(stage) | ({"data/profile", "metrics/profile.json"} if stage == "profile" else set())
     temporary = {re.sub(r"([^/]+)$", rf".\1.{suffix}", path) for path in written for suffix in ("new", "old")}
     undeclared = {
         path
         for path in reads
-        if not covered(path, declared | written | temporary | {"params.yaml"}) and not internal.search(path) and "__init__" not in path
+        if not covered(path, declared | written | temporary | {"params.yaml"})
+        and not internal.search(path)
+        and "__init__" not in path
     }
     assert not undeclared, f"{stage} reads what dvc.yaml does not declare"
     unread = {name for name in declared if not any(covered(path, {name}) for path in reads)}
@@ -143,11 +144,20 @@ def test_changing_a_module_makes_stale_exactly_the_stages_that_import_it(reposit
         path.write_text(original)
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_small_results_are_for_git_and_large_ones_for_dvc(stage: str) -> None:
+    for kind in ("metrics", "plots"):
+        for entry in STAGES[stage].get(kind, []):
+            assert all(options["cache"] is False for options in entry.values())
+    for path in paths(STAGES[stage].get("outs", [])):
+        assert path.startswith(("data/", "models/"))
+
+
 def test_metrics_plots_and_artifacts_exist_after_a_run(finished_repository: Path) -> None:
     for path in PIPELINE["metrics"]:
         json.loads((finished_repository / path).read_text())
     for entry in PIPELINE["plots"]:
-        files = [entry] if isinstance(entry, str) else list(next(iter(entry.values()))["y"])
+        files = next(iter(entry.values()))["y"]
         assert all((finished_repository / path).stat().st_size for path in files)
     for artifact in PIPELINE["artifacts"].values():
         assert (finished_repository / artifact["path"]).exists()

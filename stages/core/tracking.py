@@ -19,11 +19,11 @@ class Tracker:
     def __init__(self, folder: Path) -> None:
         self._live = _Live(str(folder), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False)
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Append the metrics at `step`."""
+    def log(self, step: int, metrics: dict[str, float], history: bool = True) -> None:
+        """Record the metrics at `step`; without `history` only the latest value is kept."""
         self._live.step = step
         for name, value in metrics.items():
-            self._live.log_metric(name, value)
+            self._live.log_metric(name, value, plot=history)
 
     def __enter__(self) -> Tracker:
         return self
