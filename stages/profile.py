@@ -70,7 +70,7 @@ class Params(Section):
 
 def main(params: Params) -> None:
     """Time the train step undisturbed, then record it."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's library reports every start and stop otherwise
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library reports every start and stop otherwise
     from stages.core import device, engine, model, precision
     from stages.core.dataset import load_meta, load_split
     from stages.core.output import replace_directory, write_json, write_text

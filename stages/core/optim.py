@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -12,11 +13,14 @@ from stages.core.recipe import TrainParams
 
 
 def create(model: nn.Module, params: TrainParams) -> torch.optim.Optimizer:
-    """Timm's AdamW or Nesterov SGD, without weight decay on biases and norms, in one fused kernel."""
-    momentum = {"betas": (params.momentum, 0.999)} if params.optimizer == "adamw" else {"momentum": params.momentum}
-    return create_optimizer_v2(
-        model, opt=params.optimizer, lr=params.lr, weight_decay=params.weight_decay, fused=True, **momentum
-    )
+    """Timm's AdamW, SGD or Muon (the latter two with Nesterov momentum); no weight decay on biases and norms."""
+    choices: dict[str, tuple[str, dict[str, Any]]] = {
+        "adamw": ("adamw", {"betas": (params.momentum, 0.999), "fused": True}),
+        "sgd": ("sgd", {"momentum": params.momentum, "fused": True}),
+        "muon": ("nmuon", {"momentum": params.momentum}),
+    }
+    name, options = choices[params.optimizer]
+    return create_optimizer_v2(model, opt=name, lr=params.lr, weight_decay=params.weight_decay, **options)
 
 
 def learning_rate(step: int, num_steps: int, warmup_steps: int, peak: float, schedule: str) -> float:

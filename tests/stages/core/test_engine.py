@@ -38,7 +38,7 @@ def trainer(params: Params, dtype: str = "fp32", **changes: object) -> engine.Tr
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
 def test_steps_lower_the_loss(dtype: str, optimizer: str, params: Params) -> None:
     images, labels = batch()
     state = trainer(params, dtype, optimizer=optimizer, label_smoothing=0.0)

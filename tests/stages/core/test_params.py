@@ -61,7 +61,7 @@ WRONG: list[tuple[str, str, Any, str]] = [
     ("train", "train.epochs", 0, "train.epochs"),
     ("train", "train.epochs", 1.5, "train.epochs"),
     ("train", "train.batch_size", -4, "train.batch_size"),
-    ("train", "train.optimizer", "adam", "train.optimizer: 'adam'.*'adamw' or 'sgd'"),
+    ("train", "train.optimizer", "adam", "train.optimizer: 'adam'.*'adamw', 'sgd' or 'muon'"),
     ("train", "train.schedule", "step", "'cosine', 'linear' or 'constant'"),
     ("train", "train.label_smoothing", 1.0, "train.label_smoothing"),
     ("train", "train.crop_scale", [0.9, 0.3], r"train.crop_scale: \[0.9, 0.3\] must be \[low, high\]"),
