@@ -19,7 +19,7 @@ from pydantic import Field
 from stages.core.errors import InputError, run_main
 from stages.core.params import Section, load_params
 from stages.core.recipe import Precision
-from stages.core.runtime import RuntimeParams
+from stages.core.runtime import RuntimeParams, num_workers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,7 +52,7 @@ def main(params: Params) -> None:
 
     from stages.core import device, figures, inference, metrics, model, precision
     from stages.core.dataset import load_meta, load_split
-    from stages.core.loader import evaluation_batches
+    from stages.core.loader import evaluation_batches, open_source
     from stages.core.output import write_bytes, write_json, write_text
     from stages.core.progress import progress, stage_summary
 
@@ -68,7 +68,8 @@ def main(params: Params) -> None:
         )
     with stage_summary("evaluate") as made:
         batch_size = params.evaluate.batch_size
-        batches = evaluation_batches(split, spec.mean, spec.std, spec.image_size, batch_size, where, policy.dtype)
+        source = open_source(split, where, params.runtime.resident, num_workers(params.runtime))
+        batches = evaluation_batches(source, spec.mean, spec.std, spec.image_size, batch_size, policy.dtype)
         num_batches = -(-len(split.labels) // batch_size)
         logits = inference.predict(network, progress(batches, "evaluate", num_batches, "batch"), policy)
         probabilities: NDArray[np.float64] = torch.softmax(logits.double(), dim=1).numpy()

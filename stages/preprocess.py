@@ -7,6 +7,7 @@ Command  python -m stages.preprocess
 
 from __future__ import annotations
 
+import hashlib
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -45,10 +46,11 @@ class Params(Section):
 
 
 class _Packed(NamedTuple):
-    """What became of one image: row sums for the statistics, or why it cannot be read."""
+    """What became of one image: its sums for the statistics and its hash, or why it cannot be read."""
 
     row: int
     sums: NDArray[np.int64]  # (2, 3): per channel the sum of values and of squares; exact, so order cannot matter
+    digest: bytes  # SHA-256 of the pixels
     error: str | None
 
 
@@ -61,13 +63,15 @@ def main(params: Params) -> None:
         skipped: dict[str, list[str]] = {}
         per_class: dict[str, list[int]] = {}
         train_sums = np.zeros((2, 3), dtype=np.int64)
+        content = hashlib.sha256()
         for split in SPLITS:
-            names, sums, skipped[split] = _pack_split(split, out, params)
+            names, sums, skipped[split] = _pack_split(split, out, params, content)
             labels = np.array([classes.index(name.split("/")[0]) for name in names], dtype=np.int64)
             counts = np.bincount(labels, minlength=len(classes))
             if not counts.all():
                 raise InputError(f"{split}: no readable image of class {classes[int(counts.argmin())]!r} is left")
             np.save(out / f"{split}_labels.npy", labels)
+            content.update(labels.astype("<i8").tobytes())
             files[split], per_class[split] = names, counts.tolist()
             if split == "train":
                 train_sums = sums
@@ -86,6 +90,7 @@ def main(params: Params) -> None:
             skipped=skipped,
             mean=[round(float(value) / 255, 6) for value in mean],
             std=[round(float(value) / 255, 6) for value in std],
+            sha256=content.hexdigest(),
             source_sha256=source.sha256,
         )
         write_json(out / "meta.json", meta.model_dump())
@@ -95,8 +100,13 @@ def main(params: Params) -> None:
         made.append(f"{num_skipped} skipped, packed in {PROCESSED}")
 
 
-def _pack_split(split: str, out: Path, params: Params) -> tuple[list[str], NDArray[np.int64], list[str]]:
-    """Pack one split's images; returns the names kept, their summed statistics and the names skipped."""
+def _pack_split(
+    split: str, out: Path, params: Params, content: hashlib._Hash
+) -> tuple[list[str], NDArray[np.int64], list[str]]:
+    """Pack one split's images and feed their hashes to `content`.
+
+    Returns the names kept, their summed statistics and the names skipped.
+    """
     tar_path = RAW / f"{split}.tar"
     try:
         with tarfile.open(tar_path, "r:") as tar:
@@ -118,6 +128,7 @@ def _pack_split(split: str, out: Path, params: Params) -> tuple[list[str], NDArr
         if packed.error is None:
             kept.append(packed.row)
             sums += packed.sums
+            content.update(packed.digest)
         elif params.preprocess.on_bad_image == "stop":
             raise InputError(f"{packed.error}; mend or remove it, or set preprocess.on_bad_image to skip")
         else:
@@ -138,10 +149,11 @@ def _pack_image(
     try:
         pixels = decode(content, f"{split}/{name}", params.image_size, params.crop_mode, params.interpolation)
     except InputError as error:
-        return _Packed(row, np.zeros((2, 3), dtype=np.int64), str(error))
+        return _Packed(row, np.zeros((2, 3), dtype=np.int64), b"", str(error))
     np.load(array_path, mmap_mode="r+")[row] = pixels
     values = pixels.reshape(-1, 3).astype(np.int64)
-    return _Packed(row, np.stack([values.sum(axis=0), (values**2).sum(axis=0)]), None)
+    sums = np.stack([values.sum(axis=0), (values**2).sum(axis=0)])
+    return _Packed(row, sums, hashlib.sha256(pixels.tobytes()).digest(), None)
 
 
 def _keep_rows(path: Path, rows: list[int]) -> None:

@@ -29,14 +29,15 @@ from pydantic import Field
 from stages.core.errors import run_main
 from stages.core.params import Section, load_params
 from stages.core.recipe import ModelParams, TrainParams
-from stages.core.runtime import RuntimeParams
+from stages.core.runtime import RuntimeParams, num_workers
 
 if TYPE_CHECKING:
     import torch
     from torch.profiler import profile
 
-    from stages.core.dataset import PackMeta, Split
+    from stages.core.dataset import PackMeta
     from stages.core.engine import Trainer
+    from stages.core.loader import Source
 
 PROFILE = Path("data/profile")
 METRICS = Path("metrics/profile.json")
@@ -73,6 +74,7 @@ def main(params: Params) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library reports every start and stop otherwise
     from stages.core import device, engine, model, precision
     from stages.core.dataset import load_meta, load_split
+    from stages.core.loader import open_source
     from stages.core.output import replace_directory, write_json, write_text
     from stages.core.progress import stage_summary
 
@@ -84,7 +86,9 @@ def main(params: Params) -> None:
     trainer = engine.create_trainer(network, params.train, policy, where)
 
     with stage_summary("profile") as made:
-        batches = _endless_batches(split, meta, params.train, where, policy.dtype)
+        source = open_source(split, where, params.runtime.resident, num_workers(params.runtime))
+        recipe = params.train.model_copy(update={"progressive": None})  # the step at full size
+        batches = _endless_batches(source, meta, recipe, policy.dtype)
         flops = _flops_per_image(trainer, *next(batches))
         numbers = _time_steps(trainer, batches, params, where)
         numbers["peak_memory_mb"] = _peak_memory_mb(where)
@@ -103,13 +107,13 @@ def main(params: Params) -> None:
 
 
 def _endless_batches(
-    split: Split, meta: PackMeta, params: TrainParams, where: torch.device, dtype: torch.dtype
+    source: Source, meta: PackMeta, params: TrainParams, dtype: torch.dtype
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     from stages.core.loader import training_batches
 
     epoch = 0
     while True:
-        yield from training_batches(split, meta, params, epoch, where, dtype)
+        yield from training_batches(source, meta, params, dtype, epoch)
         epoch += 1
 
 

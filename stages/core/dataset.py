@@ -9,6 +9,7 @@ data/processed/
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ class PackMeta(Section):
     skipped: dict[str, list[str]]  # unreadable images left out, by split
     mean: list[float]  # per channel over train, pixel values scaled to [0, 1]
     std: list[float]
+    sha256: str  # of the pixels and labels, in the arrays' order
     source_sha256: str
 
 
@@ -72,3 +74,23 @@ def load_split(split: str, meta: PackMeta, folder: Path = PROCESSED) -> Split:
     if labels.shape != (count,) or count == 0 or labels.min() < 0 or labels.max() >= len(meta.classes):
         raise InputError(f"{labels_path}: labels must be {count} numbers from 0 to {len(meta.classes) - 1}")
     return Split(images, labels.astype(np.int64, copy=False))
+
+
+def read_rows(images: NDArray[np.uint8], indices: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
+    """Copy rows of a packed array (N, H, W, 3) into `out` (len(indices), H, W, 3).
+
+    Rows of a memory-mapped file are read, not mapped: pages that were looked at through the mapping count as the
+    process's resident memory, which would grow to the size of the pack.
+    """
+    if not isinstance(images, np.memmap):
+        np.take(images, indices, axis=0, out=out)
+        return
+    num_bytes = images[0].nbytes
+    path = str(images.filename)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        for row, index in zip(out, indices.tolist(), strict=True):
+            if os.preadv(descriptor, [row.reshape(-1)], images.offset + index * num_bytes) != num_bytes:
+                raise InputError(f"{path}: ends before image {index}; run `dvc repro preprocess`")
+    finally:
+        os.close(descriptor)

@@ -10,18 +10,39 @@ from stages.core.errors import InputError
 from stages.core.runtime import RuntimeParams, num_threads
 
 
-def set_up(runtime: RuntimeParams) -> torch.device:
+def set_up(runtime: RuntimeParams, rank: int = 0, count: int = 1) -> torch.device:
     """Choose the device, set the number of threads and deterministic algorithms.
 
     `auto` takes CUDA, then MPS, then the CPU; a device that is asked for by name and is not there raises InputError.
+    Of `count` processes on this machine, number `rank` takes its share of the threads and the GPU of its number.
     """
-    torch.set_num_threads(num_threads(runtime))
+    torch.set_num_threads(max(1, num_threads(runtime) // count))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
     torch.use_deterministic_algorithms(True)
     # On by default with it: a help in finding reads of uninitialised memory, and 14 % of a train step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
-    return resolve(runtime.device)
+    if count == 1:
+        return resolve(runtime.device)
+    if resolve(runtime.device).type != "cuda":
+        return torch.device("cpu")
+    if ":" in runtime.device:
+        raise InputError(f"params.yaml: runtime.device: {runtime.device!r} is one GPU for {count} processes; use cuda")
+    device = resolve(f"cuda:{rank}")
+    torch.cuda.set_device(device)
+    return device
+
+
+def num_processes(runtime: RuntimeParams) -> int:
+    """Processes that train together on this machine; `gpu` is one for each GPU. InputError when there are too few."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if runtime.processes == "gpu":
+        if count == 0:
+            raise InputError("params.yaml: runtime.processes: 'gpu', but there is no GPU; use a number")
+        return count
+    if runtime.processes > max(1, count) and runtime.device != "cpu" and resolve(runtime.device).type == "cuda":
+        raise InputError(f"params.yaml: runtime.processes: {runtime.processes} is more than the {count} GPUs")
+    return runtime.processes
 
 
 def resolve(name: str) -> torch.device:
@@ -39,6 +60,15 @@ def resolve(name: str) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise InputError(f"params.yaml: runtime.device: {name!r} is not there ({_what_there_is(0)})")
     return device
+
+
+def seed(device: torch.device, value: int) -> None:
+    """Seed the generators that dropout and the like draw from. (torch.manual_seed is slow where CUDA is unused.)"""
+    torch.default_generator.manual_seed(value)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(value)
+    elif device.type == "mps":
+        torch.mps.manual_seed(value)
 
 
 def synchronize(device: torch.device) -> None:

@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
-from torch import nn
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
 
+from stages.core.muon import Muon
 from stages.core.recipe import TrainParams
 
 
-def create(model: nn.Module, params: TrainParams) -> torch.optim.Optimizer:
-    """Timm's AdamW, SGD or Muon (the latter two with Nesterov momentum); no weight decay on biases and norms."""
-    choices: dict[str, tuple[str, dict[str, Any]]] = {
-        "adamw": ("adamw", {"betas": (params.momentum, 0.999), "fused": True}),
-        "sgd": ("sgd", {"momentum": params.momentum, "fused": True}),
-        "muon": ("nmuon", {"momentum": params.momentum}),
+def create(model: nn.Module, params: TrainParams, capturable: bool = False) -> torch.optim.Optimizer:
+    """AdamW, SGD or Muon (the latter two with Nesterov momentum); no weight decay on biases and norms.
+
+    `capturable`: the learning rate and the step count are tensors on the device, so that a CUDA graph can hold a step.
+    """
+    choices: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = {
+        "adamw": (torch.optim.AdamW, {"betas": (params.momentum, 0.999), "fused": True, "capturable": capturable}),
+        "sgd": (torch.optim.SGD, {"momentum": params.momentum, "nesterov": params.momentum > 0, "fused": True}),
+        "muon": (Muon, {"momentum": params.momentum}),
     }
-    name, options = choices[params.optimizer]
-    return create_optimizer_v2(model, opt=name, lr=params.lr, weight_decay=params.weight_decay, **options)
+    optimizer, options = choices[params.optimizer]
+    groups = param_groups_weight_decay(model, params.weight_decay)
+    rate: float | Tensor = params.lr
+    if capturable:
+        rate = torch.tensor(params.lr, dtype=torch.float32, device=next(model.parameters()).device)
+    return optimizer(groups, lr=rate, weight_decay=params.weight_decay, **options)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of all groups, in place where it is a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def learning_rate(step: int, num_steps: int, warmup_steps: int, peak: float, schedule: str) -> float:

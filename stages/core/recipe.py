@@ -52,8 +52,10 @@ class TrainParams(Section):
 
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     image_size: Annotated[int, Field(ge=8, le=1024)]
+    progressive: Annotated[int, Field(ge=8, le=1024)] | None
     epochs: Annotated[int, Field(ge=1)]
     batch_size: Annotated[int, Field(ge=1)]
+    grad_accumulation: Annotated[int, Field(ge=1)]
     optimizer: Literal["adamw", "sgd", "muon"]
     lr: Annotated[float, Field(gt=0)]
     weight_decay: Annotated[float, Field(ge=0)]
@@ -80,6 +82,14 @@ class TrainParams(Section):
     def _warms_up_in_time(self) -> TrainParams:
         if self.warmup_epochs >= self.epochs and self.warmup_epochs > 0:
             raise ValueError(f"warmup_epochs: {self.warmup_epochs} must be less than epochs ({self.epochs})")
+        return self
+
+    @model_validator(mode="after")
+    def _parts_are_whole(self) -> TrainParams:
+        if self.batch_size % self.grad_accumulation:
+            raise ValueError(f"grad_accumulation: {self.grad_accumulation} must divide batch_size ({self.batch_size})")
+        if self.progressive is not None and self.progressive > self.image_size:
+            raise ValueError(f"progressive: {self.progressive} must be at most image_size ({self.image_size})")
         return self
 
 

@@ -11,6 +11,8 @@ from pydantic import Field, field_validator
 
 from stages.core.params import Section
 
+Resident = Literal["auto"] | bool
+
 
 class RuntimeParams(Section):
     """The `runtime` section of params.yaml."""
@@ -18,6 +20,10 @@ class RuntimeParams(Section):
     device: str
     threads: Annotated[int, Field(ge=1)] | Literal["auto"]
     workers: Annotated[int, Field(ge=0)] | Literal["auto"]
+    processes: Annotated[int, Field(ge=1)] | Literal["gpu"]
+    resident: Resident
+    checkpoint_seconds: Annotated[float, Field(gt=0)] | None
+    checkpoint_steps: Annotated[int, Field(ge=1)] | None
     cache_dir: Annotated[str, Field(min_length=1)]
 
     @field_validator("device")

@@ -5,22 +5,43 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 from dvclive import Live
 from scmrepo.exceptions import SCMError
 
 
+class Record(NamedTuple):
+    """Metrics at an optimizer step; without `history` only their latest values are kept."""
+
+    step: int
+    metrics: dict[str, float]
+    history: bool
+
+
+class NoTracker:
+    """Stands in where another process keeps the record."""
+
+    records: tuple[Record, ...] = ()
+
+    def log(self, step: int, metrics: dict[str, float], history: bool = True) -> None:
+        """Nothing to do."""
+
+
 class Tracker:
     """Logs metrics by optimizer step into `folder`: metrics.json (latest) and plots/metrics/**.tsv (history).
 
+    `records` is all that was logged: logging it again gives the same files, which is how a resumed run starts.
     DVCLive must not touch dvc.yaml (our stages own it) nor make an experiment of its own (DVC makes them).
     """
 
     def __init__(self, folder: Path) -> None:
         self._live = _Live(str(folder), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False)
+        self.records: list[Record] = []
 
     def log(self, step: int, metrics: dict[str, float], history: bool = True) -> None:
         """Record the metrics at `step`; without `history` only the latest value is kept."""
+        self.records.append(Record(step, metrics, history))
         self._live.step = step
         for name, value in metrics.items():
             self._live.log_metric(name, value, plot=history)

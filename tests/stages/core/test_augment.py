@@ -8,7 +8,8 @@ import torch
 from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.transforms.v2 import functional as reference
 
-from stages.core.augment import NUM_CROP_DRAWS, crop_and_resize, random_crops, uniforms
+from stages.core.augment import NUM_CROP_DRAWS, crop_and_resize, random_crops
+from stages.core.keyed import uniforms
 
 
 def images(count: int = 4, size: int = 40) -> torch.Tensor:
@@ -70,33 +71,3 @@ def test_random_crops_have_torchvisions_distribution() -> None:
 def test_a_crop_that_never_fits_falls_back_to_the_centre(ratio: list[float], box: list[int]) -> None:
     boxes = random_crops(uniforms(0, 0, np.arange(5), NUM_CROP_DRAWS), 40, [1.0, 1.0], ratio)
     assert (boxes == box).all()
-
-
-def test_uniforms_depend_on_seed_epoch_and_index_alone() -> None:
-    indices = np.arange(1000)
-    whole = uniforms(1, 2, indices, 8)
-    order = np.random.default_rng(0).permutation(1000)
-    assert np.array_equal(uniforms(1, 2, indices[order], 8), whole[order]), "depends on the batch"
-    assert np.array_equal(uniforms(1, 2, indices, 3), whole[:, :3]), "depends on the number of draws"
-    for other in (uniforms(2, 2, indices, 8), uniforms(1, 3, indices, 8)):
-        assert not np.isin(other, whole).any()
-
-
-def test_uniforms_are_uniform_and_uncorrelated() -> None:
-    draws = uniforms(0, 0, np.arange(50_000), 4)
-    assert draws.min() >= 0
-    assert draws.max() < 1
-    histogram = np.histogram(draws, bins=50, range=(0, 1))[0]
-    expected = draws.size / 50
-    assert ((histogram - expected) ** 2 / expected).sum() < 90  # chi-squared, 49 degrees of freedom: p = 0.0003
-    neighbours = np.stack([draws[:-1, 0], draws[1:, 0], draws[:-1, 1], uniforms(0, 1, np.arange(49_999), 1)[:, 0]])
-    correlation = np.corrcoef(neighbours) - np.eye(4)
-    assert np.abs(correlation).max() < 0.02
-
-
-def test_uniforms_stay_the_same_in_every_release() -> None:
-    """Changing them would change every model that is trained with the same seed."""
-    assert uniforms(0, 0, np.array([0, 1]), 2).tolist() == PINNED
-
-
-PINNED = [[0.049920065672091285, 0.6703283700586791], [0.18670452030252627, 0.45453079945154873]]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+from typing import Any
 
 import pytest
 import torch
@@ -95,3 +97,68 @@ def test_prediction_neither_depends_on_batches_nor_changes_the_model(params: Par
     assert whole.shape == (12, 3)
     assert network.training
     assert all(torch.equal(a, b) for a, b in zip(before.values(), network.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+def test_a_trainer_goes_on_from_its_state_to_the_bit(optimizer: str, params: Params) -> None:
+    images, labels = batch()
+    whole = trainer(params, "bf16", optimizer=optimizer)
+    for step in range(6):
+        engine.train_step(whole, images, labels, 0.01, step)
+    first = trainer(params, "bf16", optimizer=optimizer)
+    for step in range(3):
+        engine.train_step(first, images, labels, 0.01, step)
+    buffer = io.BytesIO()
+    torch.save(first.state_dict(), buffer)
+    buffer.seek(0)
+    second = trainer(params, "bf16", optimizer=optimizer)
+    second.load_state_dict(torch.load(buffer, weights_only=True))
+    for step in range(3, 6):
+        engine.train_step(second, images, labels, 0.01, step)
+    for one, other in ((whole.model, second.model), (whole.average.module, second.average.module)):
+        pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_accumulated_parts_make_the_same_step(params: Params) -> None:
+    """For a network without batch norms, whose parts would see statistics of their own."""
+    images, labels = batch(8)
+    states = []
+    for parts in (1, 2, 4):
+        state = trainer(params, grad_accumulation=parts, grad_clip=1.0)
+        state.model.eval()  # batch norms use their running statistics
+        losses = [engine.train_step(state, images, labels, 0.001, step).item() for step in range(3)]
+        states.append((losses, list(state.model.parameters())))
+    for losses, weights in states[1:]:
+        assert losses == pytest.approx(states[0][0], rel=1e-4)
+        for a, b in zip(weights, states[0][1], strict=True):
+            torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
+
+
+def test_what_a_step_changes_is_known(params: Params) -> None:
+    """CapturedStep puts these tensors back after its warm-up: one that was missed would make a GPU run differ."""
+    images, labels = batch()
+    state = trainer(params, optimizer="adamw", ema_decay=0.0)
+    engine._update(state, images, labels)
+    listed = {tensor.data_ptr() for tensor in engine._changing_tensors(state)}
+    before = {tensor.data_ptr(): tensor.clone() for tensor in tensors_of(state.state_dict())}
+    engine._update(state, images, labels)
+    changed = {t.data_ptr() for t in tensors_of(state.state_dict()) if not torch.equal(t, before[t.data_ptr()])}
+    assert len(changed) > 10
+    assert changed <= listed
+
+
+def tensors_of(state: Any) -> list[torch.Tensor]:
+    if isinstance(state, torch.Tensor):
+        return [state]
+    if isinstance(state, dict):
+        return [tensor for value in state.values() for tensor in tensors_of(value)]
+    return [tensor for value in state for tensor in tensors_of(value)] if isinstance(state, list) else []
+
+
+def test_weights_that_are_no_numbers_are_noticed(params: Params) -> None:
+    network = trainer(params).model
+    assert engine.is_finite(network)
+    with torch.no_grad():
+        next(iter(network.parameters()))[0, 0, 0, 0] = float("nan")
+    assert not engine.is_finite(network)

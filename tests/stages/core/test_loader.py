@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,16 @@ import torch
 
 from stages.core.dataset import PackMeta, Split
 from stages.core.errors import InputError
-from stages.core.loader import evaluation_batches, normalise, num_batches, training_batches
+from stages.core.loader import (
+    Shard,
+    Source,
+    evaluation_batches,
+    input_size,
+    normalise,
+    num_batches,
+    open_source,
+    training_batches,
+)
 from stages.core.params import load_params
 from stages.core.recipe import TrainParams
 from stages.train import Params
@@ -38,6 +48,7 @@ def meta() -> PackMeta:
         skipped={},
         mean=[0.4, 0.5, 0.6],
         std=[0.2, 0.25, 0.3],
+        sha256="",
         source_sha256="",
     )
 
@@ -47,8 +58,12 @@ def params(**changes: object) -> TrainParams:
     return base.model_copy(update={"image_size": 16, "batch_size": 8} | changes)
 
 
+def source_of(split: Split) -> Source:
+    return open_source(split, CPU, resident=False, threads=0)
+
+
 def epoch(split: Split, meta: PackMeta, number: int = 0, **changes: object) -> tuple[list[int], torch.Tensor]:
-    batches = list(training_batches(split, meta, params(**changes), number, CPU, torch.float32))
+    batches = list(training_batches(source_of(split), meta, params(**changes), torch.float32, number))
     return torch.cat([labels for _, labels in batches]).tolist(), torch.cat([images for images, _ in batches])
 
 
@@ -102,7 +117,7 @@ def test_normalisation() -> None:
 
 
 def test_evaluation_sees_every_image_whole_and_in_order(split: Split, meta: PackMeta) -> None:
-    batches = list(evaluation_batches(split, meta.mean, meta.std, SIZE, 16, CPU, torch.float32))
+    batches = list(evaluation_batches(source_of(split), meta.mean, meta.std, SIZE, 16, torch.float32))
     assert [len(batch) for batch in batches] == [16, 16, 16, 2]
     expected = normalise(torch.from_numpy(split.images).permute(0, 3, 1, 2).float(), meta.mean, meta.std)
     torch.testing.assert_close(torch.cat(batches), expected, atol=1e-5, rtol=0)
@@ -112,3 +127,82 @@ def test_a_batch_larger_than_the_data_is_refused() -> None:
     assert num_batches(100, 30) == 3
     with pytest.raises(InputError, match=r"train\.batch_size: 64 is more than the 10 training images"):
         num_batches(10, 64)
+
+
+@pytest.fixture
+def mapped(split: Split, tmp_path: Path) -> Split:
+    np.save(tmp_path / "images.npy", split.images)
+    return Split(np.load(tmp_path / "images.npy", mmap_mode="r"), split.labels)
+
+
+@pytest.mark.parametrize("threads", [0, 1, 2])
+@pytest.mark.parametrize("resident", [False, True])
+def test_where_pixels_come_from_changes_no_bit(
+    resident: bool, threads: int, split: Split, mapped: Split, meta: PackMeta
+) -> None:
+    expected = list(training_batches(source_of(split), meta, params(), torch.bfloat16, 1))
+    source = open_source(mapped, CPU, resident, threads)
+    assert (source.resident is not None) == resident
+    found = list(training_batches(source, meta, params(), torch.bfloat16, 1))
+    for (images, labels), (other_images, other_labels) in zip(expected, found, strict=True):
+        assert torch.equal(images, other_images)
+        assert torch.equal(labels, other_labels)
+
+
+def test_an_epoch_goes_on_in_the_middle(split: Split, meta: PackMeta) -> None:
+    whole = list(training_batches(source_of(split), meta, params(), torch.float32, 2))
+    rest = list(training_batches(source_of(split), meta, params(), torch.float32, 2, first=4))
+    assert len(rest) == 2
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(whole[4:], rest, strict=True))
+
+
+def test_shards_are_the_parts_of_a_batch(split: Split, meta: PackMeta) -> None:
+    whole = list(training_batches(source_of(split), meta, params(), torch.float32, 0))
+    shards = [
+        list(training_batches(source_of(split), meta, params(), torch.float32, 0, shard=Shard(rank, 2)))
+        for rank in range(2)
+    ]
+    for (images, labels), *parts in zip(whole, *shards, strict=True):
+        assert torch.equal(labels, torch.cat([part[1] for part in parts]))
+        torch.testing.assert_close(images, torch.cat([part[0] for part in parts]), atol=1e-5, rtol=0)
+
+
+def test_shards_of_an_evaluation_are_all_images_once(split: Split, meta: PackMeta) -> None:
+    def images(shard: Shard) -> torch.Tensor:
+        args = (meta.mean, meta.std, SIZE, 16, torch.float32, shard)
+        return torch.cat(list(evaluation_batches(source_of(split), *args)))
+
+    parts = [images(Shard(rank, 3)) for rank in range(3)]
+    assert [len(part) for part in parts] == [16, 17, 17]
+    torch.testing.assert_close(torch.cat(parts), images(Shard()), atol=1e-5, rtol=0)
+
+
+def test_progressive_sizes_grow_from_the_first_to_the_last_in_steps_of_16() -> None:
+    recipe = params(image_size=128, progressive=64)
+    sizes = [input_size(recipe, step, 100) for step in range(100)]
+    assert sizes[0] == 64
+    assert set(sizes) == {64, 80, 96, 112, 128}
+    assert sizes == sorted(sizes)
+    assert set(sizes[75:]) == {128}
+    assert {input_size(params(image_size=100), step, 10) for step in range(10)} == {100}
+    odd = params(image_size=72, progressive=40)
+    assert input_size(odd, 99, 100) == 72
+
+
+def test_progressive_batches_have_the_size_of_their_step(split: Split, meta: PackMeta) -> None:
+    recipe = params(image_size=48, progressive=16, epochs=2)
+    batches = [
+        images.shape[-1]
+        for number in range(2)
+        for images, _ in training_batches(source_of(split), meta, recipe, torch.float32, number)
+    ]
+    assert batches == [input_size(recipe, step, 12) for step in range(12)]
+    assert len(set(batches)) == 3
+
+
+def test_a_pack_that_ends_early_is_told(mapped: Split, meta: PackMeta) -> None:
+    path = Path(str(mapped.images.filename))  # type: ignore[attr-defined]
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 10)
+    with pytest.raises(InputError, match=r"images\.npy: ends before image \d+; run `dvc repro preprocess`"):
+        list(training_batches(source_of(mapped), meta, params(batch_size=50), torch.float32, 0))

@@ -57,4 +57,3 @@ def test_the_optimizer_has_the_params(name: str, train_params: TrainParams) -> N
             assert group["betas"][0] == 0.8
         else:
             assert group["momentum"] == 0.8
-            assert group["nesterov"]

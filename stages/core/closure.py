@@ -1,4 +1,4 @@
-"""What a stage really depends on, computed from its source: the repository files that it imports, at any depth."""
+"""What a module really depends on, computed from its source: the repository files that it imports, at any depth."""
 
 from __future__ import annotations
 

@@ -1,0 +1,109 @@
+"""Checkpoints of a training run: what a killed run needs to go on as if nothing had happened.
+
+They lie outside the repository, under `runtime.cache_dir`, so that `dvc exp run --temp` and queue workers find them,
+and are no DVC outs (a persisted out would make a run with other params go on from the OLD model). The folder's name is
+a fingerprint of everything that the result depends on: another learning rate, other images or other code start over.
+
+    <cache_dir>/checkpoints/<fingerprint>/step-00000120.pt    the newest two
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from stages.core.closure import code_closure
+from stages.core.errors import InputError
+
+_NUM_KEPT = 2  # the older one is for the case that the disk damages the newer one
+_MAX_DAYS = 14  # a run that nobody has gone on with for so long is forgotten
+_LOCK_SECONDS = 30  # what a run that was just told to stop may need to write its last checkpoint
+
+
+def fingerprint(module: str, facts: dict[str, Any], root: Path) -> str:
+    """Hash (32 hex digits) of JSON-like facts and of the source of `module` and all of ours that it imports."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(code_closure(root, module)):
+        digest.update(name.encode() + b"\0" + hashlib.sha256((root / name).read_bytes()).digest())
+    return digest.hexdigest()[:32]
+
+
+class CheckpointStore:
+    """The checkpoints of one run: one fingerprint, one folder, one process that writes."""
+
+    def __init__(self, cache_dir: Path, key: str) -> None:
+        self.folder = cache_dir / "checkpoints" / key
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process; InputError when another process keeps it for half a minute.
+
+        Forgets runs that were left alone for two weeks.
+        """
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.folder.with_suffix(".lock"), timeout=_LOCK_SECONDS):
+                _forget_old_runs(self.folder.parent)
+                yield
+        except Timeout:
+            raise InputError(
+                "another process trains with the same params, data and code; wait for it or end it "
+                f"(it holds {self.folder.with_suffix('.lock')})"
+            ) from None
+
+    def newest(self) -> dict[str, Any] | None:
+        """The newest checkpoint that can be read, on the CPU, or None. What cannot be read is named and passed over."""
+        for path in reversed(self._paths()):
+            try:
+                state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+                return state
+            except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                print(f"train: {path} is damaged ({reason}); the checkpoint before it is taken", flush=True)
+        return None
+
+    def newest_path(self) -> Path | None:
+        """The file of the newest checkpoint."""
+        return next(reversed(self._paths()), None)
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Write a checkpoint that appears whole or not at all, and remove all but the newest two."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{step:08d}.pt"
+        temporary = path.with_suffix(".new")
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        for old in self._paths()[:-_NUM_KEPT]:
+            old.unlink()
+        return path
+
+    def remove(self) -> None:
+        """Forget the run: it has ended, and its outputs are written."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _paths(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*.pt"))
+
+
+def _forget_old_runs(root: Path) -> None:
+    oldest = time.time() - _MAX_DAYS * 24 * 3600
+    for lock in root.glob("*.lock"):
+        folder = lock.with_suffix("")
+        files = [lock, *(folder.iterdir() if folder.is_dir() else ())]
+        if max(file.stat().st_mtime for file in files) < oldest:
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.unlink(missing_ok=True)

@@ -1,0 +1,94 @@
+"""Requests to stop: SIGTERM, Ctrl-C, or the death of the process that started the run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import psutil
+
+_POLL_SECONDS = 1.0
+
+
+class StopRequest:
+    """Whether somebody wants the run to stop; looked at between steps."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self.signal_number: int = signal.SIGTERM
+
+    def __bool__(self) -> bool:
+        return self.reason is not None
+
+    def ask(self, reason: str, signal_number: int = signal.SIGTERM) -> None:
+        """Record the wish; the first one counts."""
+        if self.reason is None:
+            self.reason, self.signal_number = reason, signal_number
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Turn SIGTERM and SIGINT into a request while the block runs; a second SIGINT interrupts at once.
+
+    dvc leaves a stage's process running and writing when dvc itself is killed, so the run also watches the dvc
+    process (or torchrun's agent) that it belongs to.
+    """
+    request = StopRequest()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if request and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        request.ask(f"stopped by {signal.Signals(number).name}", number)
+
+    ended = watch_owner(request.ask)
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        ended.set()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def watch_owner(when_gone: Callable[[str], None]) -> threading.Event:
+    """Call `when_gone(reason)` from a thread when the process that this one belongs to dies, until the event is set."""
+    ended = threading.Event()
+    owner = _owner()
+
+    def watch(owner: psutil.Process) -> None:
+        while not ended.wait(_POLL_SECONDS):
+            if not _is_alive(owner):
+                when_gone(f"stopped, because the process that started it ({owner.pid}) is gone")
+                return
+
+    if owner is not None:
+        threading.Thread(target=watch, args=(owner,), daemon=True).start()
+    return ended
+
+
+def _owner() -> psutil.Process | None:
+    """The process whose death ends the run: torchrun's agent, or dvc (which may have a shell in between)."""
+    parents = psutil.Process().parents()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return parents[0] if parents else None
+    if "DVC_STAGE" not in os.environ:  # started by hand: nohup and the like must go on working
+        return None
+    for parent in parents:
+        try:
+            words = parent.cmdline()
+        except psutil.Error:
+            continue
+        if any(os.path.basename(word).startswith("dvc") for word in words[:3]):
+            return parent
+    return parents[0] if parents else None
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running()) and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
