@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from stages import extract, preprocess
+from stages.core.params import load_params
 from tests.helpers import ROOT, TINY, commit_all, copy_of_checkout, run, set_params
 
 
@@ -55,3 +57,11 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     set_params(tmp_path / "params.yaml", TINY | {"runtime.cache_dir": str(tmp_path / "cache")})
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def packed(workspace: Path) -> Path:
+    """A workspace whose images are packed: what train starts from."""
+    extract.main(load_params(extract.Params))
+    preprocess.main(load_params(preprocess.Params))
+    return workspace

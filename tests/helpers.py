@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +56,57 @@ def run(
     folder: Path, *command: str, check: bool = True, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a command in a folder with this environment's python and dvc first on PATH."""
-    env = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": ""} | (environment or {})
-    env.pop("DVC_ROOT", None)
-    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(
+        command, cwd=folder, env=_environment(environment), capture_output=True, text=True, timeout=600
+    )
     if check:
         assert result.returncode == 0, f"{command}: rc {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result
+
+
+def start(folder: Path, *command: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """Start a command as `run` does, both outputs in one pipe, in a process group of its own."""
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=_environment(environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _environment(changes: dict[str, str] | None) -> dict[str, str]:
+    env = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": ""} | (changes or {})
+    env.pop("DVC_ROOT", None)
+    return env
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120, poll: float = 0.01) -> None:
+    """Wait for a condition; fail when it does not come."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(poll)
+
+
+def files(*folders: Path) -> dict[str, bytes]:
+    """Content of all files below folders, by path relative to the folder."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for folder in folders
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def step_reached(folder: Path) -> int:
+    """The optimizer step that metrics/train tells, 0 before the first record."""
+    try:
+        return int(json.loads((folder / "metrics/train/metrics.json").read_text())["step"])
+    except (FileNotFoundError, ValueError):
+        return 0
 
 
 def copy_of_checkout(folder: Path) -> Path:

@@ -45,6 +45,7 @@ class Tracker:
         self._live.step = step
         for name, value in metrics.items():
             self._live.log_metric(name, value, plot=history)
+        self._live.make_summary()  # type: ignore[no-untyped-call]  # or metrics.json would tell nothing before the end
 
     def __enter__(self) -> Tracker:
         return self

@@ -12,28 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stages import evaluate, extract, preprocess, profile, train
+from stages import evaluate, preprocess, profile, train
 from stages.core import model
 from stages.core.dataset import load_meta
 from stages.core.errors import InputError
 from stages.core.params import load_params
-from tests.helpers import set_params
-
-
-@pytest.fixture
-def packed(workspace: Path) -> Path:
-    extract.main(load_params(extract.Params))
-    preprocess.main(load_params(preprocess.Params))
-    return workspace
+from tests.helpers import files, set_params
 
 
 def run_train(workspace: Path, **overrides: object) -> None:
     set_params(workspace / "params.yaml", {key.replace("__", "."): value for key, value in overrides.items()})
     train.main(load_params(train.Params))
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def history(workspace: Path, name: str) -> list[tuple[int, float]]:
