@@ -219,6 +219,8 @@ def _train_epoch(run: Run) -> tuple[float, float]:
             if wish == SAVE:
                 _save(run)
     except RuntimeError as error:
+        if world.is_broken_by(error):
+            raise ConnectionError(f"another process of this job is gone: {str(error).splitlines()[0][:200]}") from None
         if not ran_out_of_memory(error):
             raise
         raise InputError(

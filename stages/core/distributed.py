@@ -105,9 +105,12 @@ class World:
         return nn.parallel.DistributedDataParallel(
             model,
             device_ids=[self._device.index] if self._device.type == "cuda" else None,
-            broadcast_buffers=False,  # batch norms share their statistics
             gradient_as_bucket_view=True,
         )
+
+    def is_broken_by(self, error: RuntimeError) -> bool:
+        """Whether an error says that an exchange failed, as it does when another process has died."""
+        return self.shard.num_shards > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over the processes of a tensor."""

@@ -26,7 +26,8 @@ def run_main(main: Callable[[], int | None], name: str) -> None:
     """Run `main` as the body of a process, and end the process.
 
     An `InputError` ends it with its message alone on stderr (exit status 2 for tools and stages alike); `Stopped` and
-    an interrupt with 128 plus the signal's number. Anything else is a defect of ours and keeps its traceback.
+    an interrupt with 128 plus the signal's number; a ConnectionError, which is no fault of this process, with its
+    message and 1. Anything else is a defect of ours and keeps its traceback.
     """
     try:
         status = main()
@@ -37,6 +38,9 @@ def run_main(main: Callable[[], int | None], name: str) -> None:
         if str(stop):
             print(f"{name}: {stop}", file=sys.stderr)
         status = 128 + stop.signal_number
+    except ConnectionError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        status = 1
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         status = 128 + signal.SIGINT
