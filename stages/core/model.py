@@ -37,6 +37,10 @@ def create(params: ModelParams, num_classes: int, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     if not params.pretrained:
         model = timm.create_model(params.name, pretrained=False, num_classes=num_classes)
+        head = model.get_classifier()  # type: ignore[operator]  # every model of timm has it
+        if isinstance(head, nn.Linear):  # from zero: the first steps shape the features, not a random read-out of them
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
         if params.weights is not None:
             _load_weights(model, Path(params.weights).expanduser())
         return model

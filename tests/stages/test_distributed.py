@@ -209,7 +209,7 @@ def start_node(folder: Path, namespace: str, number: int) -> subprocess.Popen[st
     """torchrun as docs/TRAINING.md prints it, on one of two machines."""
     torchrun = [
         *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"),
-        *("--rdzv-backend=c10d", "--rdzv-endpoint=10.99.0.1:29400", "--rdzv-id=job"),
+        *("--rdzv-backend=c10d", "--rdzv-endpoint=10.99.0.1:29400", f"--rdzv-conf=is_host={number == 1}"),
         *(f"--local-addr=10.99.0.{number}", "-m", "stages.train"),
     ]
     environment = {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": f"v{namespace}"}
