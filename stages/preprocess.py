@@ -65,7 +65,7 @@ def main(params: Params) -> None:
         train_sums = np.zeros((2, 3), dtype=np.int64)
         content = hashlib.sha256()
         for split in SPLITS:
-            names, sums, skipped[split] = _pack_split(split, out, params, content)
+            names, sums, skipped[split] = pack_split(split, out, params, content)
             labels = np.array([classes.index(name.split("/")[0]) for name in names], dtype=np.int64)
             counts = np.bincount(labels, minlength=len(classes))
             if not counts.all():
@@ -100,7 +100,7 @@ def main(params: Params) -> None:
         made.append(f"{num_skipped} skipped, packed in {PROCESSED}")
 
 
-def _pack_split(
+def pack_split(
     split: str, out: Path, params: Params, content: hashlib._Hash
 ) -> tuple[list[str], NDArray[np.int64], list[str]]:
     """Pack one split's images and feed their hashes to `content`.
