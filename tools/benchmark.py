@@ -87,11 +87,9 @@ def main(arguments: argparse.Namespace) -> None:
             setup.prepare()
         measures = {part: measurements.PARTS[part](setup) for part in parts}
         rounds: list[dict[str, dict[str, float]]] = []
-        for number in range(-1, arguments.rounds):  # the first is a warm-up
-            if number >= 0 or not arguments.quick:
-                values = {part: measure() for part, measure in measures.items()}
-                rounds += [values] if number >= 0 else []
-                print(f"benchmark: round {number + 1} of {arguments.rounds}", flush=True)
+        for number in range(1, arguments.rounds + 1):
+            rounds.append({part: measure() for part, measure in measures.items()})
+            print(f"benchmark: round {number} of {arguments.rounds}", flush=True)
         results = [summarise(row, [r[row.part] for r in rounds]) for row in COMPARISONS if row.part in parts]
         report = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
