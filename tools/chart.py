@@ -20,7 +20,7 @@ def chart(report: dict[str, Any]) -> bytes:
     """PNG with a panel a comparison: two bars (medians), a dot a round, the ratio and its target above."""
     results = report["results"]
     rows = -(-len(results) // _COLUMNS)
-    figure, axes = plt.subplots(rows, _COLUMNS, figsize=(10.5, 1.55 * rows + 0.7), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(rows, _COLUMNS, figsize=(11.5, 1.5 * rows + 0.7), layout="constrained", squeeze=False)
     for axis in axes.flat[len(results) :]:
         axis.axis("off")
     for axis, result in zip(axes.flat, results, strict=False):
@@ -53,4 +53,5 @@ def _panel(axis: Axes, result: dict[str, Any]) -> None:
     if target is not None:
         goal = f", target {'≤' if target['at_most'] else '≥'} {target['value']:g}"
         goal += " ✓" if target["reached"] else " (missed)"
-    axis.set_title(f"{result['name']} ({result['unit']}): ratio {ratio['median']:.2f}{goal}", fontsize=10, loc="left")
+    title = f"{result['name']} ({result['unit']}): ratio {ratio['median']:.2f}{goal}"
+    axis.set_title(title, fontsize=9.5, loc="right", x=1.0)
