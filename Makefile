@@ -1,6 +1,6 @@
 # `make help` lists the verbs. All of them work on a machine that has Python 3.11, make and git.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-slow lint format exp show dag plots lock clean
+.PHONY: help setup repro test test-slow lint format exp show dag plots bench lock clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -57,11 +57,14 @@ dag: setup ## draw the pipeline
 plots: setup ## draw all plots into one page
 	dvc plots show
 
+bench: setup ## compare speed with hand-written loops: make bench DATA=/path/to/images.tgz
+	python -m tools.benchmark $(if $(DATA),--data '$(DATA)')
+
 lock: setup ## resolve pyproject.toml into requirements.txt again (needs the package index)
 	python -m pip install --quiet uv
 	uv pip compile --quiet --universal --python-version 3.10 --group dev --no-header -o requirements.txt pyproject.toml
 	sed -i.old "/sys_platform == 'never'/d" requirements.txt && rm requirements.txt.old
 
 clean: ## remove the virtual environment and everything that the pipeline made (not DVC's cache)
-	rm -rf $(VENV) data models dvc_plots metrics/profile.json .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) data models dvc_plots benchmarks metrics/profile.json .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

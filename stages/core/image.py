@@ -53,13 +53,13 @@ def decode(
             # The JPEG decoder can scale by 1/2, 1/4, 1/8 for free: never below twice what is needed.
             image.draft(None, (2 * size, 2 * size))
             image.load()  # verify() would let a truncated JPEG pass
-            upright = ImageOps.exif_transpose(image)
-            rgb = _to_rgb(upright)
+            ImageOps.exif_transpose(image, in_place=True)
+            rgb = _to_rgb(image)
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
             raise InputError(f"{name}: cannot be decoded: {error}") from None
-    if rgb.size != (size, size):
-        rgb = _to_square(rgb, size, crop_mode, INTERPOLATIONS[interpolation])
-    return np.asarray(rgb)
+        if rgb.size != (size, size):
+            rgb = _to_square(rgb, size, crop_mode, INTERPOLATIONS[interpolation])
+        return np.asarray(rgb)
 
 
 def _open(content: bytes, name: str) -> Image.Image:
@@ -96,7 +96,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which copies
 
 
 def _to_square(image: Image.Image, size: int, crop_mode: CropMode, resample: Image.Resampling) -> Image.Image:
