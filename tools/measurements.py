@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -24,6 +23,7 @@ from stages import extract, preprocess
 from stages.core import device, engine, loader, model, precision
 from stages.core.dataset import PackMeta, load_meta, load_split
 from stages.core.errors import InputError
+from stages.core.packing import Geometry, pack
 from stages.core.recipe import ModelParams, TrainParams
 from stages.core.runtime import RuntimeParams, num_workers
 from stages.core.source import RAW, SPLITS, load_source_info
@@ -162,21 +162,28 @@ def packing(setup: Setup) -> Measure:
     paths = {split: sorted((FILES / split).glob("*/*")) for split in SPLITS}
     size, count = setup.pack.preprocess.image_size, sum(len(some) for some in paths.values())
 
-    def timed(work: Callable[[str, Path], object]) -> float:
+    def timed(work: Callable[[Path], object]) -> float:
         scratch = Path("scratch")
         scratch.mkdir()
         start = time.perf_counter()
-        for split in SPLITS:
-            work(split, scratch)
+        work(scratch)
         seconds = time.perf_counter() - start
         shutil.rmtree(scratch)
         return count / seconds
 
+    def ours(out: Path) -> None:
+        knobs = setup.pack.preprocess
+        geometry = Geometry(knobs.image_size, knobs.crop_mode, knobs.interpolation)
+        tars = {split: RAW / f"{split}.tar" for split in SPLITS}
+        counts = {split: len(paths[split]) for split in SPLITS}
+        pack(tars, counts, out, geometry, skip_bad=False, workers=num_workers(setup.runtime))
+
+    def plain(out: Path) -> None:
+        for split in SPLITS:
+            pack_with_pillow(paths[split], size, out / f"{split}.npy")
+
     def measure() -> dict[str, float]:
-        return {
-            "ours": timed(lambda split, out: preprocess.pack_split(split, out, setup.pack, hashlib.sha256())),
-            "plain": timed(lambda split, out: pack_with_pillow(paths[split], size, out / f"{split}.npy")),
-        }
+        return {"ours": timed(ours), "plain": timed(plain)}
 
     return measure
 

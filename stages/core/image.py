@@ -35,13 +35,20 @@ def check_is_image(content: bytes, name: str) -> None:
 
 
 def decode(
+    content: bytes, name: str, size: int, crop_mode: CropMode = "center", interpolation: Interpolation = "bilinear"
+) -> NDArray[np.uint8]:
+    """The pixels of `decode_image`: (size, size, 3) RGB, uint8."""
+    return np.asarray(decode_image(content, name, size, crop_mode, interpolation))
+
+
+def decode_image(
     content: bytes,
     name: str,
     size: int,
     crop_mode: CropMode = "center",
     interpolation: Interpolation = "bilinear",
-) -> NDArray[np.uint8]:
-    """Decode an encoded image to (size, size, 3) RGB, uint8, with its EXIF orientation applied.
+) -> Image.Image:
+    """Decode an encoded image to an RGB image of (size, size), with its EXIF orientation applied.
 
     `crop_mode` has timm's meaning: center (shorter side to `size`, then the middle), squash (both sides to
     `size`), border (longer side to `size`, the rest filled with grey). An image that has the size already is not
@@ -57,9 +64,7 @@ def decode(
             rgb = _to_rgb(image)
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
             raise InputError(f"{name}: cannot be decoded: {error}") from None
-        if rgb.size != (size, size):
-            rgb = _to_square(rgb, size, crop_mode, INTERPOLATIONS[interpolation])
-        return np.asarray(rgb)
+    return rgb if rgb.size == (size, size) else _to_square(rgb, size, crop_mode, INTERPOLATIONS[interpolation])
 
 
 def _open(content: bytes, name: str) -> Image.Image:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
 from typing import TypeVar
 
 from stages.core.errors import InputError
@@ -16,22 +17,25 @@ Result = TypeVar("Result")
 
 
 def parallel_map(
-    function: Callable[[Item], Result], items: Sequence[Item], workers: int, chunk: int = 32
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int, chunk: int = 32
 ) -> Iterator[Result]:
     """Yield function(item) in the order of `items`; at most a few chunks a worker are in flight.
 
-    With `workers` 0 the calling process does the work. `function` must be picklable. Processes are spawned, not
-    forked: a fork of a process that has threads can hang.
+    With `workers` 0 the calling process does the work, and where there is only one chunk. `function` must be
+    picklable. Processes are spawned, not forked: a fork of a process that has threads can hang.
     """
-    if workers == 0 or len(items) <= chunk:
-        yield from map(function, items)
+    remaining = iter(items)
+    chunks = iter(lambda: list(islice(remaining, chunk)), [])
+    first = next(chunks, [])
+    if workers == 0 or len(first) < chunk:
+        yield from map(function, chain(first, remaining))
         return
     context = multiprocessing.get_context("spawn")
     waiting: deque[Future[list[Result]]] = deque()
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         try:
-            for start in range(0, len(items), chunk):
-                waiting.append(pool.submit(_apply, function, items[start : start + chunk]))
+            for some in chain([first], chunks):
+                waiting.append(pool.submit(_apply, function, some))
                 if len(waiting) > 3 * workers:
                     yield from waiting.popleft().result()
             while waiting:
