@@ -98,6 +98,11 @@ class World:
         """Whether this process writes files and speaks: rank 0 alone does."""
         return self.shard.rank == 0
 
+    def describe(self) -> str:
+        """Where the processes compute."""
+        count = self.shard.num_shards
+        return str(self._device) if count == 1 else f"{count} x {self._device.type}"
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """The module to call in a train step: gradients are averaged over the processes."""
         if self.shard.num_shards == 1:

@@ -34,6 +34,11 @@ class Trainer:
     grad_accumulation: int
     captured: CapturedStep | None = field(default=None)
 
+    @property
+    def recording_seconds(self) -> float:
+        """Time that recording the step took so far; it is not part of training's speed."""
+        return self.captured.seconds if self.captured is not None else 0.0
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on: tensors and plain values."""
         state = {
@@ -62,18 +67,19 @@ def create_trainer(
     params: TrainParams,
     policy: Policy,
     device: torch.device,
-    wrap: Callable[[nn.Module], nn.Module] | None = None,
+    wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
 ) -> Trainer:
     """Put the model on the device and everything around it that training needs.
 
-    `wrap` makes the module that averages gradients over processes. A single CUDA device runs the step as a CUDA graph,
-    except in float16, whose gradient scaling reads from the device.
+    `wrap` may return a module that averages gradients over processes. Without one, a CUDA device runs the step as a
+    CUDA graph, except in float16, whose gradient scaling reads from the device.
     """
     model = model.to(device).to(memory_format=torch.channels_last).train()
-    capture = device.type == "cuda" and wrap is None and not policy.scale_gradients
+    network = wrap(model)
+    capture = device.type == "cuda" and network is model and not policy.scale_gradients
     trainer = Trainer(
         model=model,
-        network=model if wrap is None else wrap(model),
+        network=network,
         optimizer=optim.create(model, params, capturable=capture),
         average=ema.create(model, params.ema_decay),
         scaler=torch.amp.GradScaler(device.type, enabled=policy.scale_gradients),
