@@ -61,7 +61,7 @@ def test_changing_the_learning_rate_reruns_training_and_what_follows(repository:
     assert stages_run(output) == ["train", "evaluate", "profile"]
     assert "train.lr" in run(repository, "dvc", "exp", "show", "--csv").stdout.splitlines()[0]
     difference = json.loads(run(repository, "dvc", "exp", "diff", "HEAD", "slow", "--json").stdout)
-    assert difference["params"]["params.yaml"]["train.lr"] == {"old": 0.003, "new": 0.0005, "diff": -0.0025}
+    assert difference["params"]["params.yaml"]["train.lr"] == {"old": 0.01, "new": 0.0005, "diff": -0.0095}
     assert "top1" in run(repository, "dvc", "metrics", "diff", "--all").stdout
     assert (repository / "params.yaml").read_text().count("#") == (ROOT / "params.yaml").read_text().count("#")
     page = run(repository, "dvc", "plots", "diff", "HEAD", "slow", "-o", "page").stdout
