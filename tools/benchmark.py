@@ -158,7 +158,15 @@ def _setup(arguments: argparse.Namespace, params: Params, data: Path | None, roo
         if not 16 <= value <= 512:
             raise InputError(f"{option}: {value} px; valid: 16 to 512")
     batch_size = arguments.batch_size or (20 if arguments.quick else 64)
-    recipe = {"image_size": size, "batch_size": batch_size, "grad_accumulation": 1, "progressive": None}
+    recipe = {
+        "image_size": size,
+        "batch_size": batch_size,
+        "grad_accumulation": 1,
+        "progressive": None,
+        "optimizer": "adamw",  # the plain loop's
+        "lr": 0.001,
+        "weight_decay": 0.05,
+    }
     sample = {
         "train_images": 5 * batch_size if arguments.quick else 16 * batch_size,
         "val_images": batch_size,
