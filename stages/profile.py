@@ -81,7 +81,7 @@ def main(params: Params) -> None:
     meta = load_meta()
     split = load_split("train", meta)
     where = device.set_up(params.runtime)
-    policy = precision.resolve(params.train.precision, where)
+    policy = precision.resolve(params.train.precision, where, params.train.smallest_side)
     network = model.create(params.model, len(meta.classes), params.train.seed)
     trainer = engine.create_trainer(network, params.train, policy, where)
 

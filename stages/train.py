@@ -119,7 +119,7 @@ def _open_session(
             f"params.yaml: train.batch_size: {batch_size} does not divide into {world.shard.num_shards} processes "
             f"with train.grad_accumulation {params.train.grad_accumulation}: use a multiple of {num_parts}"
         )
-    policy = precision.resolve(params.train.precision, where)
+    policy = precision.resolve(params.train.precision, where, params.train.smallest_side)
     network = model.create(params.model, len(meta.classes), params.train.seed)
     if world.shard.num_shards > 1:
         network = share_statistics(network, where)

@@ -25,13 +25,25 @@ class Policy:
         return torch.autocast(device.type, dtype=self.dtype)
 
 
-def resolve(precision: Precision, device: torch.device) -> Policy:
+# oneDNN's bfloat16 gradient of a strided 3x3 convolution reads uninitialised memory where its input is 1x1 pixels (seen
+# with PyTorch 2.14.1: other bits at every run, and NaN), as the last stage of most networks has it for smaller images.
+_SMALLEST_BF16_SIDE = 32
+
+
+def resolve(precision: Precision, device: torch.device, smallest_side: int = _SMALLEST_BF16_SIDE) -> Policy:
     """The policy of `auto`, `fp32`, `bf16` or `fp16` on a device; InputError where it cannot work.
 
-    `auto` is bf16 where the hardware computes in it, and fp32 elsewhere.
+    `auto` is bf16 where the hardware computes in it, and fp32 elsewhere. `smallest_side`: side in pixels of the
+    smallest images that will be trained on; below 32, bf16 is not exact on a CPU.
     """
+    too_small = device.type == "cpu" and smallest_side < _SMALLEST_BF16_SIDE
     if precision == "auto":
-        precision = "bf16" if has_bf16(device) else "fp32"
+        precision = "bf16" if has_bf16(device) and not too_small else "fp32"
+    if precision == "bf16" and too_small:
+        raise InputError(
+            f"params.yaml: train.precision: bf16 gives wrong gradients for images of {smallest_side} px on a CPU; use "
+            f"auto or fp32, or train.image_size and train.progressive of at least {_SMALLEST_BF16_SIDE}"
+        )
     if precision == "fp16" and device.type == "cpu":
         raise InputError("params.yaml: train.precision: fp16 needs a GPU; on a CPU use auto, bf16 or fp32")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

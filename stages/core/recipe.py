@@ -71,6 +71,11 @@ class TrainParams(Section):
     precision: Precision
     log_every: Annotated[int, Field(ge=1)]
 
+    @property
+    def smallest_side(self) -> int:
+        """Side in pixels of the smallest images that are trained on."""
+        return self.image_size if self.progressive is None else self.progressive
+
     @field_validator("crop_scale", "crop_ratio")
     @classmethod
     def _is_a_range(cls, value: list[float]) -> list[float]:

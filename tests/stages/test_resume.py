@@ -171,7 +171,13 @@ def test_other_data_start_over(long_run: Path) -> None:
 
 def test_divergence_names_the_last_good_checkpoint(long_run: Path) -> None:
     """The rate explodes after the warm-up: the first checkpoints are of a healthy run."""
-    overrides = {"train.optimizer": "sgd", "train.lr": 1e12, "train.momentum": 0.9, "train.warmup_epochs": 11.9, "train.log_every": 10}
+    overrides = {
+        "train.optimizer": "sgd",
+        "train.lr": 1e12,
+        "train.momentum": 0.9,
+        "train.warmup_epochs": 11.9,
+        "train.log_every": 10,
+    }
     set_params(long_run / "params.yaml", overrides | {"runtime.checkpoint_steps": 1, "train.label_smoothing": 0.0})
     output, _ = (process := train(long_run)).communicate(timeout=300)
     assert process.returncode == 2
@@ -245,29 +251,28 @@ def wait_for_training(process: subprocess.Popen[str], folder: Path) -> psutil.Pr
     return stage
 
 
-def result_of(folder: Path, revision: str) -> tuple[str, str]:
+def result_of(folder: Path, experiment: str) -> tuple[str, str]:
     """The model's hash in an experiment's dvc.lock, and the history of its loss."""
-    lock = run(folder, "git", "show", f"{revision}:dvc.lock").stdout
-    loss = run(folder, "git", "show", f"{revision}:metrics/train/plots/metrics/train/loss.tsv").stdout
+    run(folder, "dvc", "exp", "branch", experiment, experiment)
+    lock = run(folder, "git", "show", f"{experiment}:dvc.lock").stdout
+    loss = run(folder, "git", "show", f"{experiment}:metrics/train/plots/metrics/train/loss.tsv").stdout
     return re.search(r"path: models/classifier\n\s+hash: md5\n\s+md5: (\w+)", lock)[1], loss  # type: ignore[index]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", [[], ["--temp"]])
 def test_an_experiment_whose_stage_was_killed_goes_on(where: list[str], long_repository: Path) -> None:
-    setting = ["dvc", "exp", "run", *where, "-S", "train.lr=0.002"]
-    run(long_repository, *setting, "-n", "whole")
-    run(long_repository, "git", "checkout", "-q", ".")
-    # Another learning rate in the last digits: DVC would take the whole run from its cache.
-    run(long_repository, "dvc", "exp", "run", *where, "-S", "train.lr=0.0021", "-n", "reference")
+    command = ["dvc", "exp", "run", *where, "-S", "train.lr=0.002", "-n"]
+    run(long_repository, *command, "reference")
     run(long_repository, "git", "checkout", "-q", ".")
     expected = result_of(long_repository, "reference")
     forget_runs(long_repository)
-    process = start(long_repository, *setting[:-1], "train.lr=0.0021", "-n", "killed")
+    process = start(long_repository, *command, "killed")
     wait_for_training(process, long_repository).kill()
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0, output
-    output = run(long_repository, *setting[:-1], "train.lr=0.0021", "-n", "killed", "--force").stdout
+    run(long_repository, "git", "checkout", "-q", ".")
+    output = run(long_repository, *command, "killed").stdout
     assert re.search(r"train: goes on after step \d+ of 36", output), output
     assert result_of(long_repository, "killed") == expected
 

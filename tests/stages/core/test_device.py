@@ -29,3 +29,12 @@ def test_precision() -> None:
     with pytest.raises(InputError, match="fp16 needs a GPU"):
         precision.resolve("fp16", cpu)
     assert precision.resolve("fp16", torch.device("cuda")).scale_gradients
+
+
+def test_bf16_of_tiny_images_on_a_cpu_is_refused_and_not_chosen() -> None:
+    cpu = torch.device("cpu")
+    assert precision.resolve("auto", cpu, smallest_side=31).dtype == torch.float32
+    assert precision.resolve("auto", cpu, smallest_side=32) == precision.resolve("auto", cpu)
+    with pytest.raises(InputError, match=r"train\.precision: bf16 gives wrong gradients for images of 16 px on a CPU"):
+        precision.resolve("bf16", cpu, smallest_side=16)
+    assert precision.resolve("bf16", torch.device("cuda"), smallest_side=16).dtype == torch.bfloat16
