@@ -125,7 +125,7 @@ def test_accumulated_parts_make_the_same_step(params: Params) -> None:
     images, labels = batch(8)
     states = []
     for parts in (1, 2, 4):
-        state = trainer(params, grad_accumulation=parts, grad_clip=1.0)
+        state = trainer(params, optimizer="sgd", grad_accumulation=parts, grad_clip=1.0)
         state.model.eval()  # batch norms use their running statistics
         losses = [engine.train_step(state, images, labels, 0.001, step).item() for step in range(3)]
         states.append((losses, list(state.model.parameters())))
