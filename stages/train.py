@@ -165,8 +165,6 @@ def _train_epoch(session: Session, source: Source, meta: PackMeta) -> float:
             device.seed(where, seed_for(params.seed, session.step, world.shard.rank))
             session.after_step(train_step(trainer, images, labels, session.rate(session.step), session.step))
     except RuntimeError as error:
-        if world.is_broken_by(error):
-            raise ConnectionError(f"another process of this job is gone: {str(error).splitlines()[0][:200]}") from None
         if not ran_out_of_memory(error):
             raise
         raise InputError(

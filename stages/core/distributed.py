@@ -68,7 +68,9 @@ def launch(module: str, num_processes: int) -> None:
     except SignalException as error:
         raise Stopped("the processes were told to stop; what they said is above", error.sigval) from None
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        # Others end because they lost it (exit status 1) or are told to (SIGTERM).
+        consequences = (1, -signal.SIGTERM)
+        rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode in consequences, item[0]))
         how = failure.signal_name() if failure.exitcode < 0 else f"exit status {failure.exitcode}"
         stop = -failure.exitcode if failure.exitcode < 0 else failure.exitcode - 128
         if failure.exitcode > 128 and stop in (signal.SIGTERM, signal.SIGINT):
@@ -112,10 +114,6 @@ class World:
             device_ids=[self._device.index] if self._device.type == "cuda" else None,
             gradient_as_bucket_view=True,
         )
-
-    def is_broken_by(self, error: RuntimeError) -> bool:
-        """Whether an error says that an exchange failed, as it does when another process has died."""
-        return self.shard.num_shards > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over the processes of a tensor."""
@@ -177,12 +175,16 @@ class World:
 
 @contextmanager
 def world(device: torch.device) -> Iterator[World]:
-    """Join the processes that torchrun started; alone without torchrun."""
+    """Join the processes that torchrun started; alone without torchrun. ConnectionError when one of them is gone."""
     if not is_worker():
         yield World(device)
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
     try:
         yield World(device)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise ConnectionError(f"another process of this job is gone: {str(error).splitlines()[0][:200]}") from None
     finally:
         dist.destroy_process_group()
