@@ -16,7 +16,7 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -58,15 +58,18 @@ class LabelledFile(NamedTuple):
 
 
 @contextmanager
-def open_image_set(path: Path, limits: Limits, scratch: Path) -> Iterator[dict[str, list[LabelledFile]]]:
+def open_image_set(
+    path: Path, limits: Limits, scratch: Path, classes: Sequence[str] | None = None
+) -> Iterator[dict[str, list[LabelledFile]]]:
     """Open a source laid out `train/<class>/*`, `val/<class>/*`, at its top or below one folder.
 
     Yields the files of each split in canonical order (class, then name). `scratch` is an existing folder for the
-    unpacked tar of a compressed one. Raises InputError naming the source and the member that is wrong.
+    unpacked tar of a compressed one. With `classes`, the set adds to another one that has these: it may lack some of
+    them, in either split, and have no others. Raises InputError naming the source and the member that is wrong.
     """
     with ExitStack() as stack:
         members, directories = stack.enter_context(_open_members(path, limits, scratch))
-        yield _arrange(path, members, directories)
+        yield _arrange(path, members, directories, classes)
 
 
 # --- the kinds of source ------------------------------------------------------------------------------------------
@@ -242,7 +245,9 @@ def _count(path: Path, files: int, total: int, size: int, limits: Limits) -> int
     return total + size
 
 
-def _arrange(path: Path, members: list[Member], directories: set[PurePosixPath]) -> dict[str, list[LabelledFile]]:
+def _arrange(
+    path: Path, members: list[Member], directories: set[PurePosixPath], known: Sequence[str] | None
+) -> dict[str, list[LabelledFile]]:
     names = [PurePosixPath(member.name) for member in members]
     root = _root_of_splits(path, {*names, *directories})
     files: dict[str, list[LabelledFile]] = {split: [] for split in SPLITS}
@@ -256,22 +261,34 @@ def _arrange(path: Path, members: list[Member], directories: set[PurePosixPath])
             raise InputError(f"{path}: {member.name!r} is not at {'/'.join((*root, inside[0]))}/<class>/<image>")
         files[inside[0]].append(LabelledFile(inside[1], inside[2], member))
 
+    if known is not None:
+        _check_known(path, {file.class_name for split in SPLITS for file in files[split]}, known)
+    else:
+        _check_classes(path, files, directories, root)
+    for split in SPLITS:
+        files[split].sort(key=lambda file: (file.class_name, file.file_name))
+        repeated = Counter((file.class_name, file.file_name) for file in files[split]).most_common(1)
+        if repeated and repeated[0][1] > 1:
+            raise InputError(f"{path}: {split}/{'/'.join(repeated[0][0])} is there {repeated[0][1]} times")
+    return files
+
+
+def _check_known(path: Path, found: set[str], known: Sequence[str]) -> None:
+    if not found:
+        raise InputError(f"{path}: no image found in train/ and val/")
+    if unknown := sorted(found - set(known)):
+        raise InputError(f"{path}: unknown class {', '.join(unknown[:5])} (the source's: {', '.join(known)})")
+
+
+def _check_classes(
+    path: Path, files: dict[str, list[LabelledFile]], directories: set[PurePosixPath], root: tuple[str, ...]
+) -> None:
     classes = {split: {file.class_name for file in files[split]} for split in SPLITS}
     for directory in directories:
         inside = directory.parts[len(root) :]
         is_class = directory.parts[: len(root)] == root and len(inside) == 2 and inside[0] in SPLITS
         if is_class and inside[1] not in classes[inside[0]] and not _is_litter(directory):
             raise InputError(f"{path}: class {inside[1]!r} is empty in {inside[0]}/")
-    _check_classes(path, classes)
-    for split in SPLITS:
-        files[split].sort(key=lambda file: (file.class_name, file.file_name))
-        repeated = Counter((file.class_name, file.file_name) for file in files[split]).most_common(1)[0]
-        if repeated[1] > 1:
-            raise InputError(f"{path}: {split}/{'/'.join(repeated[0])} is there {repeated[1]} times")
-    return files
-
-
-def _check_classes(path: Path, classes: dict[str, set[str]]) -> None:
     train, val = (classes[split] for split in SPLITS)
     if train != val:
         only = [f"{', '.join(sorted(some)[:5])} only in {split}/" for some, split in
