@@ -42,6 +42,7 @@ from tools import experiment, labelled
 
 CLASSIFIER, DETECTOR, PROCESSED = "models/classifier", "models/drift", "data/processed"
 _VERDICTS = {0: "ok", 10: "benign", 20: "harmful"}  # by the monitor's exit status
+_ROUNDING = 1e-9  # 0.90 - 0.88 is more than 0.02 in floating point
 _WEIGHTS = re.compile(r"retrain/weights-[0-9a-f]{16}\.safetensors$")  # a copy that a retraining started from
 
 
@@ -109,13 +110,13 @@ def objection(found: Accuracies, params: RetrainParams) -> str | None:
             f"{found.clean_before:.4f} on clean ones; they are not what production sees, or the alarm was false"
         )
     reasons = []
-    if found.recovered < params.min_recovered:
+    if found.recovered < params.min_recovered - _ROUNDING:
         reasons.append(
             f"{found.recovered:.0%} of the lost accuracy came back ({found.drifted_before:.4f} to "
             f"{found.drifted_after:.4f} on held-out drifted images); retrain.min_recovered asks for "
             f"{params.min_recovered:.0%}"
         )
-    if found.clean_loss > params.max_clean_loss:
+    if found.clean_loss > params.max_clean_loss + _ROUNDING:
         reasons.append(
             f"clean top-1 fell by {found.clean_loss:.4f} ({found.clean_before:.4f} to {found.clean_after:.4f}); "
             f"retrain.max_clean_loss allows {params.max_clean_loss:g}"
