@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -121,6 +122,7 @@ def run_experiment(name: str, head: str, overrides: Mapping[str, Value], lock: i
     if commit := _git("rev-parse", "--verify", "--quiet", reference, check=False):
         print(f"retrain: experiment {name} has ended before; it is taken as it is", flush=True)
         return commit
+    _remove_leftovers(overrides)
     write_json(_OVERRIDES, dict(overrides))
     settings = [word for key, value in overrides.items() for word in ("-S", f"{key}={_quoted(value)}")]
     command = [sys.executable, "-m", "dvc", "exp", "run", "--temp", "--name", name, *settings]
@@ -133,6 +135,14 @@ def run_experiment(name: str, head: str, overrides: Mapping[str, Value], lock: i
     if status or not commit:
         raise ExperimentError(f"experiment {name} failed (dvc's exit status is {status}; its words are above)")
     return commit
+
+
+def _remove_leftovers(overrides: Mapping[str, Value]) -> None:
+    """Remove the folders of runs of this experiment that were killed: dvc leaves them, with copies of all images."""
+    for path in Path(".dvc/tmp/exps/standalone").glob("tmp*/params.yaml"):
+        params = YAML(typ="safe", pure=True).load(path.read_text())
+        if all(params[key.split(".")[0]][key.split(".")[1]] == value for key, value in overrides.items()):
+            shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def fetch(commit: str, paths: list[str], folder: Path) -> None:

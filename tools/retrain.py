@@ -127,7 +127,7 @@ def objection(found: Accuracies, params: RetrainParams) -> str | None:
 def main(arguments: argparse.Namespace) -> int:
     """Ask the monitor, and do what its verdict asks for."""
     params = load_params(Params)
-    simulation = _simulation(arguments.simulate) if arguments.simulate else None
+    simulated = simulation(arguments.simulate) if arguments.simulate else None
     # What the command is about: a promotion that was broken off is this command's, or another one's.
     summary: dict[str, Any] = {
         "images": str(Path(arguments.images).absolute()),
@@ -143,7 +143,7 @@ def main(arguments: argparse.Namespace) -> int:
                 return _report(arguments, finished)
             experiment.forget_promotion()
         head = experiment.check_repository()
-        with _labelled_images(arguments.labels, simulation, params, Path(scratch)) as images:
+        with _labelled_images(arguments.labels, simulated, params, Path(scratch)) as images:
             verdict = _ask_monitor(arguments.images, Path(scratch))
             summary["monitor"] = verdict
             if verdict["status"] != "harmful":
@@ -219,10 +219,10 @@ def _retrain(
 
 @contextmanager
 def _labelled_images(
-    labels: str, simulation: tuple[str, int] | None, params: Params, scratch: Path
+    labels: str, simulated: tuple[str, int] | None, params: Params, scratch: Path
 ) -> Iterator[labelled.LabelledSet]:
-    if simulation is not None:
-        yield labelled.simulate(*simulation, params.retrain.simulated_share)
+    if simulated is not None:
+        yield labelled.simulate(*simulated, params.retrain.simulated_share)
         return
     data = params.data
     limits = Limits(files=data.max_files, total_bytes=data.max_bytes, ratio=data.max_ratio)
@@ -231,11 +231,12 @@ def _labelled_images(
         yield images
 
 
-def _simulation(text: str) -> tuple[str, int]:
+def simulation(text: str) -> tuple[str, int]:
+    """The kind and severity of KIND:SEVERITY; InputError naming the choices."""
     kind, _, severity = text.partition(":")
     if kind not in FAMILIES or severity not in map(str, SEVERITIES):
         raise InputError(
-            f"--simulate: {text!r} is not KIND:SEVERITY (kinds: {', '.join(FAMILIES)}; "
+            f"{text!r} is not KIND:SEVERITY (kinds: {', '.join(FAMILIES)}; "
             f"severities: {', '.join(map(str, SEVERITIES))})"
         )
     return kind, int(severity)

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import shutil
+import signal
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from dvc.utils.hydra import apply_overrides
+from numpy.typing import NDArray
 from PIL import Image
 
 from stages.core.archive import Limits
 from stages.core.corruptions import corrupt
 from stages.core.dataset import load_meta, load_split
 from stages.core.errors import InputError
+from stages.core.params import load_params
 from tests.helpers import (
     encoded,
     files,
@@ -25,6 +31,8 @@ from tests.helpers import (
     picture,
     run,
     set_params,
+    start,
+    wait_until,
     write_files,
 )
 from tools import experiment, labelled, retrain
@@ -271,3 +279,177 @@ def test_a_file_that_somebody_changed_meanwhile_is_not_overwritten(
         with pytest.raises(InputError, match=r"params\.yaml was changed during a promotion"):
             experiment.finish_promotion()
     assert "num_bins: 11" in (repository / "params.yaml").read_text()
+
+
+# --- the whole loop -----------------------------------------------------------------------------------------------
+
+CLASSES = ("bars", "checks", "rungs", "slants")
+KIND, SEVERITY = "darkness", 5  # a model trained on bright images loses half of its accuracy to it
+
+
+def pattern(label: int, seed: int, size: int = 32) -> NDArray[np.uint8]:
+    """Stripes of a class's direction in two random colours: learnt in seconds."""
+    rng = np.random.default_rng([label, seed])
+    y, x = np.mgrid[:size, :size]
+    period, phase = rng.uniform(6, 10), rng.uniform(0, 6)
+    waves = [np.sin(2 * np.pi * t / period + phase) for t in (x, y, (x + y) / 2**0.5)]
+    share = (
+        0.5
+        + 0.5 * {"bars": waves[0], "rungs": waves[1], "slants": waves[2], "checks": waves[0] * waves[1]}[CLASSES[label]]
+    )
+    first = rng.uniform(0, 1, 3)
+    second = (first + rng.uniform(0.3, 0.7, 3)) % 1
+    pixels = share[..., None] * first + (1 - share[..., None]) * second + rng.normal(0, 0.03, (size, size, 3))
+    image: NDArray[np.uint8] = np.clip(255 * pixels, 0, 255).astype(np.uint8)
+    return image
+
+
+def patterns(folder: Path, count: int, first: int, corruption: tuple[str, int] | None = None, shift: int = 0) -> Path:
+    """Write `count` images of each class under <class>/, all wrong ones where `shift` is not 0."""
+    for label, name in enumerate(CLASSES):
+        (folder / CLASSES[(label + shift) % len(CLASSES)]).mkdir(parents=True, exist_ok=True)
+        for seed in range(first, first + count):
+            pixels = pattern(label, seed)[None]
+            if corruption is not None:
+                pixels = corrupt(pixels, *corruption, np.array([seed]), seed=3)
+            Image.fromarray(pixels[0]).save(folder / CLASSES[(label + shift) % len(CLASSES)] / f"{name}-{seed}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def at_work(make_repository: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a repository whose good model is at work (`repository`), and images that it meets."""
+    folder = tmp_path_factory.mktemp("at-work")
+    patterns(folder / "source/train", 100, 0)
+    patterns(folder / "source/val", 100, 1000)
+    patterns(folder / "clean", 15, 2000)
+    patterns(folder / "drifted", 15, 3000, (KIND, SEVERITY))
+    patterns(folder / "labels", 60, 4000, (KIND, SEVERITY))
+    patterns(folder / "wrong-labels", 60, 4000, (KIND, SEVERITY), shift=1)
+    made = make_repository(
+        data__source=str(folder / "source"), train__epochs=8, runtime__checkpoint_steps=5, train__log_every=10
+    )
+    run(made, "dvc", "repro")
+    run(made, "git", "add", "-A")
+    run(made, "git", "commit", "-qm", "at work")
+    shutil.move(made, folder / "repository")
+    return folder
+
+
+@pytest.fixture
+def own(at_work: Path, tmp_path: Path) -> Path:
+    """A copy of the repository."""
+    shutil.copytree(at_work / "repository", tmp_path / "own", symlinks=True)
+    run(tmp_path / "own", "git", "status")  # the copies' times go into the index
+    return tmp_path / "own"
+
+
+@pytest.fixture(scope="session")
+def promoted(at_work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy in which the whole loop has run; summary.json beside it."""
+    folder = tmp_path_factory.mktemp("promoted") / "repository"
+    shutil.copytree(at_work / "repository", folder, symlinks=True)
+    run(folder, *retrain_command(at_work / "drifted", at_work / "labels", folder.parent / "summary.json"))
+    return folder
+
+
+def tree(repository: Path) -> str:
+    return run(repository, "git", "rev-parse", "HEAD^{tree}").stdout.strip()
+
+
+@pytest.mark.slow
+def test_harmful_drift_ends_in_a_promoted_model(promoted: Path, at_work: Path, tmp_path: Path) -> None:
+    summary = json.loads((promoted.parent / "summary.json").read_text())
+    assert (summary["decision"], summary["tag"]) == ("promoted", "classifier@v0.0.1")
+    assert summary["monitor"]["status"] == "harmful"
+    assert summary["confirmation"]["status"] != "harmful"
+    found = summary["accuracy"]
+    assert found["clean_before"] - found["drifted_before"] > 0.3
+    assert summary["recovered_share"] >= 0.7
+    assert summary["clean_loss"] <= 0.02
+    assert (found["num_clean"], found["num_drifted"]) == (400, summary["labelled"]["num_held_out"])
+    # one commit, of exactly what the experiment made; the workspace is what it says
+
+    def git(*words: str) -> str:
+        return run(promoted, "git", *words).stdout.strip()
+
+    assert git("rev-list", "--count", f"{summary['commit_before']}..HEAD") == "1"
+    assert git("rev-parse", "HEAD") == summary["commit"] == git("rev-parse", "classifier@v0.0.1^{commit}")
+    assert tree(promoted) == git("rev-parse", f"{summary['experiment_commit']}^{{tree}}")
+    assert git("status", "--porcelain") == ""
+    assert run(promoted, "dvc", "status").stdout.strip() == "Data and pipelines are up to date."
+    assert summary["experiment"] in run(promoted, "dvc", "exp", "list", "--name-only", "--rev", "HEAD~1").stdout
+    # and the alarm is over
+    before = state(promoted)
+    again = run(promoted, *retrain_command(at_work / "drifted", at_work / "labels", tmp_path / "again.json"))
+    assert "retrain: nothing to do: " in again.stdout
+    assert json.loads((tmp_path / "again.json").read_text())["decision"] == "nothing to do"
+    assert state(promoted) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["all", "tool"])
+def test_a_run_that_is_killed_in_mid_train_ends_as_if_it_was_not(
+    victim: str, own: Path, promoted: Path, at_work: Path, tmp_path: Path
+) -> None:
+    command = retrain_command(at_work / "drifted", at_work / "labels", tmp_path / "summary.json")
+    checkpoints = Path(load_params(retrain.Params, own / "params.yaml").runtime.cache_dir) / "checkpoints"
+    process = start(own, *command)
+    wait_until(lambda: any(checkpoints.glob("*/step-*.pt")))
+    if victim == "all":
+        os.killpg(process.pid, signal.SIGKILL)
+    else:  # dvc lives on, and the next run waits for it
+        process.kill()
+    process.wait()
+    result = run(own, *command)
+    said = "train: goes on after step" if victim == "all" else "another run is under way here"
+    assert said in result.stdout
+    assert process.stdout is not None
+    process.stdout.close()
+    assert tree(own) == tree(promoted)
+    assert run(own, "git", "tag").stdout == run(promoted, "git", "tag").stdout
+    assert run(own, "git", "status", "--porcelain").stdout == ""
+    ours, theirs = (json.loads((path.parent / "summary.json").read_text()) for path in (own, promoted))
+    assert {**ours, "commit": None, "experiment_commit": None} == {**theirs, "commit": None, "experiment_commit": None}
+
+
+@pytest.mark.slow
+def test_a_recovery_that_fails_leaves_everything_as_it_was(own: Path, at_work: Path, tmp_path: Path) -> None:
+    before = state(own)
+    command = retrain_command(at_work / "drifted", at_work / "wrong-labels", tmp_path / "summary.json")
+    result = run(own, *command, check=False)
+    assert result.returncode == 1, result.stderr
+    assert state(own) == before
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["decision"] == "not promoted"
+    assert summary["reason"] in result.stdout
+    assert "commit" not in summary
+    assert "tag" not in summary
+
+
+@pytest.mark.slow
+def test_drift_that_does_no_harm_starts_nothing(own: Path, at_work: Path, tmp_path: Path) -> None:
+    before = state(own)
+    patterns(tmp_path / "mild", 15, 5000, ("colour_cast", 2))
+    for images in (at_work / "clean", tmp_path / "mild"):
+        result = run(own, *retrain_command(images, at_work / "labels", tmp_path / "summary.json"))
+        assert "retrain: nothing to do: " in result.stdout
+        assert json.loads((tmp_path / "summary.json").read_text())["monitor"]["status"] in ("ok", "benign")
+    assert state(own) == before
+    assert run(own, "dvc", "exp", "list", "--name-only").stdout.strip() == ""
+
+
+@pytest.mark.slow
+def test_bad_input_is_refused_before_anything_runs(own: Path, at_work: Path, tmp_path: Path) -> None:
+    before = state(own)
+    bad = write_files(tmp_path / "bad", {"bars/0.png": b"text", "bars/1.png": b""})
+    for command, message in (
+        (retrain_command(at_work / "drifted", bad), r"retrain: error: .*bars/\d\.png: is (empty|not an image)"),
+        (retrain_command(at_work / "drifted", tmp_path / "nowhere"), r"retrain: error: --labels: .*no such file"),
+        (retrain_command(tmp_path / "nowhere", at_work / "labels"), r"retrain: error: "),
+    ):
+        result = run(own, *command, check=False)
+        assert result.returncode == 2
+        assert re.match(message, result.stderr)
+        assert "Traceback" not in result.stderr
+    assert state(own) == before
