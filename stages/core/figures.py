@@ -36,7 +36,7 @@ def confusion_matrix(counts: NDArray[np.int64], classes: Sequence[str]) -> bytes
                     colour = "white" if shares[row, column] > 0.5 else "black"
                     percent = f"{100 * shares[row, column]:.0f}"
                     axes.text(column, row, percent, ha="center", va="center", color=colour, fontsize=9)
-    return _png(figure)
+    return png(figure)
 
 
 def reliability_diagram(rows: Sequence[dict[str, Any]], ece: float) -> bytes:
@@ -51,7 +51,7 @@ def reliability_diagram(rows: Sequence[dict[str, Any]], ece: float) -> bytes:
     top.legend(loc="upper left")
     bottom.bar(confidence, [row["num_images"] for row in rows], width=0.03, color="tab:grey")
     bottom.set(xlabel="confidence", ylabel="images")
-    return _png(figure)
+    return png(figure)
 
 
 def mistakes(images: NDArray[np.uint8], captions: Sequence[str], columns: int = 6) -> bytes:
@@ -66,7 +66,7 @@ def mistakes(images: NDArray[np.uint8], captions: Sequence[str], columns: int = 
     for axis, image, caption in zip(axes.flat, images, captions, strict=False):
         axis.imshow(image, interpolation="nearest")
         axis.set_title(caption, fontsize=8)
-    return _png(figure)
+    return png(figure)
 
 
 def memory_timeline(milliseconds: Sequence[float], megabytes: Sequence[float]) -> bytes:
@@ -75,10 +75,11 @@ def memory_timeline(milliseconds: Sequence[float], megabytes: Sequence[float]) -
     axes.fill_between(milliseconds, megabytes, step="post", alpha=0.4)
     axes.plot(milliseconds, megabytes, drawstyle="steps-post", linewidth=0.8)
     axes.set(xlabel="time (ms)", ylabel="allocated (MB)", title="Memory of the recorded steps", ylim=(0, None))
-    return _png(figure)
+    return png(figure)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """Draw a figure and close it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
     plt.close(figure)

@@ -1,0 +1,271 @@
+"""The drift detector: what it remembers of clean images, how it is saved, and how it judges a window.
+
+models/drift/
+    detector.json        DetectorSpec
+    arrays.safetensors   axes and ranks of the reference, measures and predicted classes of the threshold images
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from scipy import stats
+
+from stages.core.damage import (
+    Baselines,
+    DamageModel,
+    damage_inputs,
+    probability_right,
+)
+from stages.core.errors import InputError
+from stages.core.features import Features
+from stages.core.image import CropMode, Interpolation
+from stages.core.measures import Projection, measure, measure_groups, measure_names
+from stages.core.output import replace_directory, write_json
+from stages.core.params import Section
+from stages.core.recipe import Precision
+from stages.core.window_test import (
+    Calibration,
+    Comparison,
+    Indices,
+    Population,
+    Values,
+    calibrate,
+    class_shift,
+    class_weights,
+    compare_with,
+    draw_windows,
+    evidence,
+    matched_windows,
+)
+
+DETECTOR = Path("models/drift")
+Status = Literal["ok", "benign", "harmful"]
+LARGEST_SHARE = 0.25  # of the threshold images that a window may have
+SMALLEST_WINDOW = 2  # images that anything can be said of
+
+
+class SizedDamage(Section):
+    """The damage estimate for windows of about one size."""
+
+    window: int
+    model: DamageModel
+    error: float  # standard deviation of the estimate's error on unseen families, beside that of counting
+
+
+class DetectorSpec(Section):
+    """detector.json: what judging takes beside the arrays."""
+
+    class_ids: list[str]
+    image_size: int  # side in pixels of the images that are looked at
+    crop_mode: CropMode
+    interpolation: Interpolation
+    precision: Precision  # that the model computes in
+    alpha: float
+    max_drop: float
+    null_windows: int
+    seed: int
+    baselines: Baselines
+    damage: list[SizedDamage]  # by window size
+    adapts: bool  # whether the model has batch norms, so that it can be asked a second time
+
+
+class Moved(NamedTuple):
+    """How far a measure moved."""
+
+    name: str
+    shift: float  # of its mean, in standard deviations of the reference
+    evidence: float  # Kolmogorov-Smirnov, as -log10 p
+
+
+class Judgement(NamedTuple):
+    """What the detector says of a window."""
+
+    status: Status
+    p_value: float
+    num_tested: int  # images that the test compared
+    matched: bool  # compared with clean images of the same class mix, because that had shifted
+    class_p_value: float
+    class_shift: bool
+    accuracy: float
+    low: float  # 95 % interval
+    high: float
+    drop: float
+    moved: list[Moved]
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A calibrated detector."""
+
+    spec: DetectorSpec
+    projection: Projection
+    threshold: Population
+    comparison: Comparison
+
+    @property
+    def largest_window(self) -> int:
+        """Images of the largest window that can be tested."""
+        return max(SMALLEST_WINDOW, int(LARGEST_SHARE * len(self.threshold)))
+
+    def population(self, features: Features) -> Population:
+        """Images as the tests see them."""
+        return Population(measure(features, self.projection), features.logits.argmax(axis=1).astype(np.int64))
+
+    def calibration(self, size: int, count: int | None = None) -> Calibration:
+        """The evidence of clean windows of a size."""
+        rng = np.random.default_rng([self.spec.seed, size])
+        windows = draw_windows(len(self.threshold), size, count or self.spec.null_windows, rng)
+        return calibrate(evidence(self.comparison, self.threshold.values, windows, inside=True))
+
+    def class_p_values(self, classes: Indices, windows: Indices) -> Values:
+        """p-values of the predicted class mix of windows (B, n), rows of `classes` (N,)."""
+        num_classes, size = len(self.spec.class_ids), windows.shape[1]
+        counts = np.bincount(self.threshold.classes, minlength=num_classes) + 0.5
+        expected: Values = counts / counts.sum()
+        rng = np.random.default_rng([self.spec.seed, size, 1])
+        clean = draw_windows(len(self.threshold), size, self.spec.null_windows, rng)
+        null = np.sort(class_shift(_counts(self.threshold.classes[clean], num_classes), expected))
+        found = class_shift(_counts(classes[windows], num_classes), expected)
+        p_values: Values = (1 + len(null) - np.searchsorted(null, found - 1e-9, "left")) / (1 + len(null))
+        return p_values
+
+    def matched_p_value(self, window: Population) -> tuple[float, int]:
+        """p-value against clean images of the window's own class mix, and the number of images compared."""
+        rng = np.random.default_rng([self.spec.seed, len(window), 2])
+        kept, windows = matched_windows(window.classes, self.threshold.classes, self.spec.null_windows, rng)
+        if len(kept) < SMALLEST_WINDOW:
+            return 1.0, 0
+        some = window.rows(kept)
+        weights = class_weights(some.classes, self.threshold.classes)
+        comparison = compare_with(self.threshold, measure_groups(self.projection), weights)
+        calibrated = calibrate(evidence(comparison, self.threshold.values, windows, inside=True))
+        found = evidence(comparison, some.values, np.arange(len(some))[None])
+        return float(calibrated.p_values(found)[0]), len(some)
+
+    def estimate(self, logits: NDArray[np.float32], adapted: NDArray[np.float32] | None) -> tuple[float, float, float]:
+        """Estimated accuracy of a window and its 95 % interval."""
+        sized = nearest_size(self.spec.damage, len(logits))
+        probabilities = probability_right(sized.model, damage_inputs(logits, adapted))
+        accuracy = float(probabilities.mean())
+        counting = float((probabilities * (1 - probabilities)).mean()) / len(logits)
+        margin = 1.96 * (sized.error**2 + counting) ** 0.5
+        return accuracy, max(0.0, accuracy - margin), min(1.0, accuracy + margin)
+
+    def judge(
+        self,
+        features: Features,
+        adapted: NDArray[np.float32] | None,
+        alpha: float | None = None,
+        calibration: Calibration | None = None,
+    ) -> Judgement:
+        """Judge a window of images; of more than `largest_window`, evenly spaced ones are tested.
+
+        A calibration for the window's size saves computing it anew.
+        """
+        alpha = self.spec.alpha if alpha is None else alpha
+        everything = self.population(features)
+        tested = everything
+        if len(everything) > self.largest_window:
+            tested = everything.rows(np.linspace(0, len(everything) - 1, self.largest_window).round().astype(np.int64))
+        rows = np.arange(len(tested))[None]
+        found = evidence(self.comparison, tested.values, rows)
+        class_p_value = float(self.class_p_values(tested.classes, rows)[0])
+        shifted = class_p_value <= alpha
+        num_tested = len(tested)
+        if shifted:
+            p_value, num_tested = self.matched_p_value(tested)
+        else:
+            calibration = calibration or self.calibration(len(tested))
+            p_value = float(calibration.p_values(found)[0])
+        accuracy, low, high = self.estimate(features.logits, adapted)
+        drop = self.spec.baselines.accuracy - accuracy
+        return Judgement(
+            status=verdict(p_value <= alpha, drop, self.spec.max_drop),
+            p_value=p_value,
+            num_tested=num_tested,
+            matched=shifted,
+            class_p_value=class_p_value,
+            class_shift=shifted,
+            accuracy=accuracy,
+            low=low,
+            high=high,
+            drop=drop,
+            moved=self.moved(tested),
+        )
+
+    def moved(self, window: Population) -> list[Moved]:
+        """The measures that have a name of their own, the most moved first."""
+        result = []
+        for column, name in enumerate(measure_names(self.projection)):
+            if name.removeprefix("embedding_").isdigit():
+                continue
+            clean, values = self.threshold.values[:, column], window.values[:, column]
+            p_value = max(float(stats.ks_2samp(clean, values, method="asymp").pvalue), 1e-300)
+            result.append(Moved(name, float(values.mean() - clean.mean()), float(-np.log10(p_value))))
+        return sorted(result, key=lambda moved: -moved.evidence)
+
+    def oddness(self, window: Population) -> Values:
+        """How far each image is from the reference (N,): mean of its squared normal scores, 1 for a usual one."""
+        squares: Values = (window.values**2).mean(axis=1)
+        return squares
+
+
+def verdict(drifted: bool, drop: float, max_drop: float) -> Status:
+    """The decision of a window."""
+    if not drifted:
+        return "ok"
+    return "harmful" if drop > max_drop else "benign"
+
+
+def nearest_size(damage: Sequence[SizedDamage], size: int) -> SizedDamage:
+    """The estimate for the window size nearest to `size` by ratio."""
+    return min(damage, key=lambda sized: abs(np.log(sized.window / size)))
+
+
+def build(spec: DetectorSpec, projection: Projection, threshold: Population) -> Detector:
+    """A detector of its parts."""
+    return Detector(spec, projection, threshold, compare_with(threshold, measure_groups(projection)))
+
+
+def save(folder: Path, detector: Detector) -> None:
+    """Write a detector directory that appears whole or not at all."""
+    arrays = {f"projection.{name}": values for name, values in detector.projection._asdict().items()}
+    arrays |= {f"threshold.{name}": values for name, values in detector.threshold._asdict().items()}
+    with replace_directory(folder) as out:
+        save_file({name: np.ascontiguousarray(values) for name, values in arrays.items()}, out / "arrays.safetensors")
+        write_json(out / "detector.json", detector.spec.model_dump())
+
+
+def load(folder: Path = DETECTOR) -> Detector:
+    """Read a detector directory; InputError when it is missing or damaged."""
+    path = folder / "detector.json"
+    try:
+        spec = DetectorSpec.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found; run `dvc repro drift` (or `dvc checkout`)") from None
+    except ValidationError as error:
+        raise InputError(f"{path}: not written by this version; run `dvc repro drift`: {error}") from None
+    path = folder / "arrays.safetensors"
+    try:
+        arrays = load_file(path)
+        projection = Projection(**{name: arrays[f"projection.{name}"] for name in Projection._fields})
+        threshold = Population(**{name: arrays[f"threshold.{name}"] for name in Population._fields})
+    except (OSError, SafetensorError, KeyError) as error:
+        raise InputError(f"{path}: cannot be read: {error}; run `dvc repro drift`") from None
+    return build(spec, projection, threshold)
+
+
+def _counts(classes: Indices, num_classes: int) -> Indices:
+    """Class counts (B, num_classes) of windows (B, n) of classes."""
+    counts = np.zeros((len(classes), num_classes), dtype=np.int64)
+    np.add.at(counts, (np.arange(len(classes))[:, None], classes), 1)
+    return counts

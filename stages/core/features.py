@@ -1,0 +1,122 @@
+"""What drift detection looks at: a model's outputs, its penultimate embedding, and how the images look."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from stages.core.augment import crop_and_resize
+from stages.core.image_statistics import image_statistics
+from stages.core.loader import normalise
+from stages.core.model import ModelSpec
+from stages.core.precision import Policy
+
+# Images that the training statistics of a batch norm count for beside those of a window (Schneider et al. 2020).
+_PRIOR_IMAGES = 16
+LARGEST_GROUP = 256  # images that are adapted to together
+_THINNED_SIDE = 16  # of a feature map, in pixels, from which on a quarter of it is enough for its statistics
+
+
+class Features(NamedTuple):
+    """Of N images, float32."""
+
+    logits: NDArray[np.float32]  # (N, num_classes)
+    embedding: NDArray[np.float32]  # (N, dim), what the classifier layer sees
+    statistics: NDArray[np.float32]  # (N, len(STATISTICS))
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    def rows(self, indices: NDArray[np.int64]) -> Features:
+        """The features of some of the images."""
+        return Features(*(values[indices] for values in self))
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A classifier on a device, ready to look at images."""
+
+    network: nn.Module
+    spec: ModelSpec
+    policy: Policy
+    device: torch.device
+    batch_size: int = 64
+
+    @torch.inference_mode()
+    def features(self, images: NDArray[np.uint8]) -> Features:
+        """Features of uint8 images (N, H, W, 3), N > 0; the network sees them whole, resized to its input size."""
+        seen: list[Tensor] = []
+
+        def keep(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            seen.append(inputs[0].float().flatten(1).cpu())
+
+        hook = self.network.get_classifier().register_forward_pre_hook(keep)  # type: ignore[operator]  # timm has it
+        try:
+            batches = range(0, len(images), self.batch_size)
+            logits = [self._logits(images[start : start + self.batch_size]) for start in batches]
+        finally:
+            hook.remove()
+        return Features(torch.cat(logits).numpy(), torch.cat(seen).numpy(), image_statistics(images))
+
+    @torch.inference_mode()
+    def adapted_logits(self, images: NDArray[np.uint8], group: int) -> NDArray[np.float32] | None:
+        """Logits (N, num_classes) of the model with its batch norms adapted to each `group` of images in turn.
+
+        Their statistics are those of the group, with the training set's as a prior (Schneider et al. 2020, "Improving
+        robustness against common corruptions by covariate shift adaptation"). None of a model without batch norms.
+        """
+        norms = [module for module in self.network.modules() if isinstance(module, _BatchNorm)]
+        if not any(norm.track_running_stats for norm in norms):
+            return None
+        logits = []
+        group = min(group, LARGEST_GROUP)
+        for start in range(0, len(images), group):
+            some = images[start : start + group]
+            with _adapted(norms, len(some)):
+                logits.append(self._logits(some))
+        return torch.cat(logits).numpy()
+
+    def _logits(self, images: NDArray[np.uint8]) -> Tensor:
+        pixels = torch.from_numpy(np.array(images)).to(self.device)
+        boxes = torch.tensor([[0, 0, *pixels.shape[1:3]]], device=self.device).expand(len(pixels), 4)
+        flips = torch.zeros(len(pixels), dtype=torch.bool, device=self.device)
+        batch = crop_and_resize(pixels, boxes, flips, self.spec.image_size, torch.float32)
+        with self.policy.autocast(self.device):
+            logits: Tensor = self.network(normalise(batch, self.spec.mean, self.spec.std))
+        return logits.float().cpu()
+
+
+@contextmanager
+def _adapted(norms: Sequence[_BatchNorm], num_images: int) -> Iterator[None]:
+    """Within it, each batch norm mixes the statistics of its input into its own before it uses them."""
+    share = num_images / (num_images + _PRIOR_IMAGES)
+    buffers = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None]
+    kept = [buffer.clone() for buffer in buffers]
+
+    def mix(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
+        values = inputs[0]
+        if values.dim() == 4 and min(values.shape[2:]) >= _THINNED_SIDE:
+            values = values[:, :, ::2, ::2]
+        values = values.float()
+        dims = [dim for dim in range(values.dim()) if dim != 1]
+        mean = values.mean(dims)
+        variance = (values * values).mean(dims) - mean * mean  # on a CPU, many times as fast as torch.var
+        norm.running_mean.lerp_(mean, share)  # type: ignore[operator]
+        norm.running_var.lerp_(variance.clamp_min_(0), share)  # type: ignore[operator]
+
+    hooks = [norm.register_forward_pre_hook(mix) for norm in norms]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for buffer, before in zip(buffers, kept, strict=True):
+            buffer.copy_(before)

@@ -1,0 +1,140 @@
+"""Unlabelled images as production has them: any size and shape, in folders, archives, files or a packed array."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from stages.core.errors import InputError
+from stages.core.image import CropMode, Interpolation, decode
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+_LARGEST_FILE = 200_000_000  # bytes
+
+
+class ImageFile(NamedTuple):
+    """An image that was found: its name, and how to get its encoded content."""
+
+    name: str
+    read: Callable[[], bytes]
+
+
+class Window(NamedTuple):
+    """Images that could be read, uint8 (N, size, size, 3), and those that could not."""
+
+    images: NDArray[np.uint8]
+    names: list[str]
+    skipped: list[tuple[str, str]]  # name and reason
+
+
+def find_images(places: Sequence[str]) -> list[ImageFile]:
+    """Every image below folders, in archives (tar, tar.gz, zip) and packed arrays (.npy), in the order of names.
+
+    Raises InputError when a place does not exist or holds no image.
+    """
+    found: list[ImageFile] = []
+    for place in places:
+        path = Path(place)
+        if not path.exists():
+            raise InputError(f"{place}: no such file or folder")
+        some = _inside(path)
+        if not some:
+            raise InputError(f"{place}: no images in it ({', '.join(suffix[1:] for suffix in _SUFFIXES)})")
+        found += some
+    return found
+
+
+def read_images(files: Iterable[ImageFile], size: int, crop_mode: CropMode, interpolation: Interpolation) -> Window:
+    """Decode images to squares of `size` as preprocess does; what cannot be read is listed and left out."""
+    images, names, skipped = [], [], []
+    for file in files:
+        try:
+            images.append(decode(file.read(), file.name, size, crop_mode, interpolation))
+        except (InputError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            skipped.append((file.name, str(error).removeprefix(f"{file.name}: ")))
+        else:
+            names.append(file.name)
+    pixels = np.stack(images) if images else np.zeros((0, size, size, 3), dtype=np.uint8)
+    return Window(pixels, names, skipped)
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a path inside a folder or archive is that of an image; hidden files and litter of systems are none."""
+    parts = PurePosixPath(name).parts
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
+    return not hidden and PurePosixPath(name).suffix.lower() in _SUFFIXES
+
+
+def _inside(path: Path) -> list[ImageFile]:
+    if path.is_dir():
+        files = [
+            file for file in path.rglob("*") if is_image_name(file.relative_to(path).as_posix()) and file.is_file()
+        ]
+        return [ImageFile(str(file), file.read_bytes) for file in sorted(files)]
+    if path.suffix == ".npy":
+        return _packed(path)
+    if path.suffix.lower() in _SUFFIXES:
+        return [ImageFile(str(path), path.read_bytes)]
+    with path.open("rb") as stream:
+        return _zipped(path) if stream.read(2) == b"PK" else _tarred(path)
+
+
+def _packed(path: Path) -> list[ImageFile]:
+    try:
+        images = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(f"{path}: not a packed array: {error}") from None
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise InputError(f"{path}: {images.dtype} {images.shape}; expected uint8 (N, H, W, 3)")
+
+    def encoded(row: int) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(np.array(images[row])).save(buffer, "BMP")
+        return buffer.getvalue()
+
+    return [ImageFile(f"{path}[{row}]", partial(encoded, row)) for row in range(len(images))]
+
+
+def _zipped(path: Path) -> list[ImageFile]:
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise InputError(f"{path}: broken or truncated zip: {error}") from None
+    members = sorted(
+        (info for info in archive.infolist() if is_image_name(info.filename)), key=lambda info: info.filename
+    )
+    return [ImageFile(f"{path}:{info.filename}", partial(_unzip, archive, info)) for info in members]
+
+
+def _unzip(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    if info.file_size > _LARGEST_FILE or info.flag_bits & 1:
+        raise InputError("encrypted, or too large for an image")
+    return archive.read(info)
+
+
+def _tarred(path: Path) -> list[ImageFile]:
+    members: dict[str, bytes] = {}
+    try:
+        with tarfile.open(path) as tar:
+            for info in tar:
+                if info.isfile() and is_image_name(info.name) and info.size <= _LARGEST_FILE:
+                    file = tar.extractfile(info)
+                    assert file is not None
+                    members[info.name] = file.read()
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise InputError(f"{path}: no image, folder, or archive that can be read: {error}") from None
+    return [ImageFile(f"{path}:{name}", partial(_content, members, name)) for name in sorted(members)]
+
+
+def _content(members: dict[str, bytes], name: str) -> bytes:
+    return members[name]

@@ -1,0 +1,227 @@
+"""Do the images of a window come from the population of the reference? Several tests, one calibrated p-value.
+
+On each window: two-sample Kolmogorov-Smirnov by measure, the shift of the mean by group of measures (Hotelling's T2),
+and kernel MMD of the embedding (Gretton et al. 2012). Each becomes evidence, -log p in its own approximation, and the
+sum (Fisher's method) is compared with that of windows of clean images. So the approximations and the dependence between
+the tests cost power at most: the false-alarm rate is that of the resampling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+Values = NDArray[np.float64]
+Indices = NDArray[np.int64]
+Evidence = dict[str, Values]  # by test, of each window (B,): larger for more drift
+
+TESTED_GROUPS = ("image", "output", "embedding")
+_RIDGE = 1e-2  # share of the variances, added where a covariance is inverted
+_CHUNK = 4_000_000  # values that are sorted at once
+_BANDWIDTH_IMAGES = 500
+
+
+class Population(NamedTuple):
+    """Images by their measures (N, num_measures) and by the class that the model predicts (N,)."""
+
+    values: Values
+    classes: Indices
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def rows(self, indices: Indices) -> Population:
+        """Some of the images."""
+        return Population(self.values[indices], self.classes[indices])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A weighted population of R images, prepared for comparing many windows with it."""
+
+    groups: dict[str, slice]
+    mean: Values  # (num_measures,)
+    precision: dict[str, Values]  # by group, inverse covariance
+    ordered: Values  # (R, num_measures) sorted columns
+    cumulative: Values  # (R + 1, num_measures) weight of the images before each
+    points: Values  # (R, num_axes) where the kernel is taken
+    weights: Values  # (R,), sum 1
+    bandwidth: float  # squared, of the kernel
+    similarity: float  # mean kernel value of two of its images
+    size: float  # effective number of images
+
+
+def compare_with(population: Population, groups: dict[str, slice], weights: Values | None = None) -> Comparison:
+    """Prepare a population for comparison, by default with equal weights."""
+    values = population.values
+    weights = np.full(len(values), 1 / len(values)) if weights is None else weights
+    mean: Values = weights @ values
+    precision: dict[str, Values] = {}
+    for name in TESTED_GROUPS:
+        deviations = values[:, groups[name]] - mean[groups[name]]
+        covariance = (deviations * weights[:, None]).T @ deviations
+        covariance += np.diag(_RIDGE * np.diag(covariance) + 1e-9)
+        precision[name] = np.linalg.inv(covariance).astype(np.float64)
+    order = np.argsort(values, axis=0, kind="stable")
+    cumulative = np.concatenate([np.zeros((1, values.shape[1])), np.cumsum(weights[order], axis=0)])
+    points = values[:, groups["axes"]]
+    some = points[:_BANDWIDTH_IMAGES]
+    bandwidth = float(np.median(_squared_distances(some, some))) or 1.0  # the median heuristic
+    kernel = np.exp(-_squared_distances(points, points) / bandwidth)
+    return Comparison(
+        groups=groups,
+        mean=mean,
+        precision=precision,
+        ordered=np.take_along_axis(values, order, axis=0),
+        cumulative=cumulative,
+        points=points,
+        weights=weights,
+        bandwidth=bandwidth,
+        similarity=float(weights @ kernel @ weights),
+        size=float(1 / (weights**2).sum()),
+    )
+
+
+def evidence(comparison: Comparison, values: Values, windows: Indices, inside: bool = False) -> Evidence:
+    """Evidence of drift in windows (B, n), which are rows of `values` (N, num_measures).
+
+    inside: `values` is the compared population itself, and each window is compared with the rest of it. Distribution
+    functions, means and mean embeddings of the rest are linear in those of the whole: their differences stretch.
+    """
+    size = windows.shape[1]
+    stretch = comparison.size / (comparison.size - size) if inside else 1.0
+    effective = size * comparison.size / (size + comparison.size)
+    root = np.sqrt(effective)
+    distances, means = _distances_and_means(comparison, values, windows)
+    # Stephens' form of the asymptotic distribution, good from a handful of images on.
+    scaled = (root + 0.12 + 0.11 / root) * np.minimum(stretch * distances, 1.0)
+    logarithms = -np.log(np.maximum(stats.kstwobign.sf(scaled), 1e-300))
+    shifts = stretch * (means - comparison.mean)
+    found = {}
+    for name in TESTED_GROUPS:
+        columns = comparison.groups[name]
+        some = shifts[:, columns]
+        found[f"ks_{name}"] = logarithms[:, columns].max(axis=1)
+        found[f"mean_{name}"] = np.einsum("bi,ij,bj->b", some, comparison.precision[name], some) * effective
+    found["mmd"] = squared_mmd(comparison, values, windows) * stretch**2 * effective
+    return found
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What windows of clean images give: with it, evidence becomes a p-value."""
+
+    moments: dict[str, tuple[float, float]]  # mean and variance of the statistics without an approximation of their own
+    combined: Values  # (B,) sorted
+
+    def p_values(self, found: Evidence) -> Values:
+        """(1 + k) / (1 + B) of each window, k the number of clean windows with at least as much evidence."""
+        below = np.searchsorted(self.combined, _combine(found, self.moments), "left")
+        p_values: Values = (1 + len(self.combined) - below) / (1 + len(self.combined))
+        return p_values
+
+
+def calibrate(found: Evidence) -> Calibration:
+    """Calibrate with the evidence of clean windows."""
+    quadratic = {name: values for name, values in found.items() if not name.startswith("ks_")}
+    moments = {name: (float(values.mean()), float(values.var()) + 1e-12) for name, values in quadratic.items()}
+    return Calibration(moments, np.sort(_combine(found, moments)))
+
+
+def draw_windows(num_images: int, size: int, count: int, rng: np.random.Generator) -> Indices:
+    """`count` windows of `size` different images each: indices (count, size)."""
+    return np.argpartition(rng.random((count, num_images), dtype=np.float32), size - 1, axis=1)[:, :size]
+
+
+def matched_windows(classes: Indices, pool: Indices, count: int, rng: np.random.Generator) -> tuple[Indices, Indices]:
+    """Windows of a pool with the class mix of a window, as far as half of the pool's images of each class allow.
+
+    `classes` (n,) and `pool` (N,) are predicted classes. Returns the images of the window that have a match, (m,), and
+    as many of the pool, (count, m).
+    """
+    kept, parts = [], []
+    for label in np.unique(classes):
+        rows, candidates = np.flatnonzero(classes == label), np.flatnonzero(pool == label)
+        number = min(len(rows), len(candidates) // 2)
+        if number:
+            kept.append(rows[:number])
+            parts.append(candidates[draw_windows(len(candidates), number, count, rng)])
+    if not kept:
+        return np.zeros(0, dtype=np.int64), np.zeros((count, 0), dtype=np.int64)
+    return np.concatenate(kept), np.concatenate(parts, axis=1)
+
+
+def class_weights(classes: Indices, pool: Indices) -> Values:
+    """Weights (N,) under which the pool has the class mix of a window."""
+    num_classes = int(max(classes.max(), pool.max())) + 1
+    wanted = np.bincount(classes, minlength=num_classes) / len(classes)
+    weights = (wanted / np.maximum(np.bincount(pool, minlength=num_classes), 1))[pool]
+    normalised: Values = weights / weights.sum()
+    return normalised
+
+
+def class_shift(counts: Indices, expected: Values) -> Values:
+    """Likelihood-ratio statistic (G) of class counts (B, num_classes) against expected shares (num_classes,)."""
+    totals = counts.sum(axis=1, keepdims=True)
+    ratio = np.where(counts > 0, counts / (totals * np.maximum(expected, 1e-9)), 1.0)
+    statistic: Values = 2 * (counts * np.log(ratio)).sum(axis=1)
+    return statistic
+
+
+def _distances_and_means(comparison: Comparison, values: Values, windows: Indices) -> tuple[Values, Values]:
+    """Kolmogorov-Smirnov distance and mean of every measure of every window: twice (B, num_measures)."""
+    size, num_measures = windows.shape[1], values.shape[1]
+    below = np.empty(values.shape, dtype=np.float32)  # weight of the population below each value
+    for column in range(num_measures):
+        ordered, cumulative = comparison.ordered[:, column], comparison.cumulative[:, column]
+        low = np.searchsorted(ordered, values[:, column], "left")
+        high = np.searchsorted(ordered, values[:, column], "right")
+        below[:, column] = (cumulative[low] + cumulative[high]) / 2
+    distances = np.empty((len(windows), num_measures))
+    means = np.empty((len(windows), num_measures))
+    ranks = (np.arange(1, size + 1, dtype=np.float32) / size)[None, :, None]
+    step = max(1, _CHUNK // (size * num_measures))
+    for start in range(0, len(windows), step):
+        some = windows[start : start + step]
+        means[start : start + step] = values[some].mean(axis=1)
+        shares = np.sort(below[some], axis=1)
+        above = (ranks - shares).max(axis=1)
+        under = (shares - (ranks - np.float32(1 / size))).max(axis=1)
+        distances[start : start + step] = np.maximum(above, under)
+    return distances, means
+
+
+def squared_mmd(comparison: Comparison, values: Values, windows: Indices) -> Values:
+    """Squared maximum mean discrepancy of the embedding, Gaussian kernel, of each window (B,), rows of `values`.
+
+    The estimate is biased, alike for all windows of a size.
+    """
+    points = values[:, comparison.groups["axes"]]
+    inner = np.exp(-_squared_distances(points, points) / comparison.bandwidth)
+    cross = np.exp(-_squared_distances(points, comparison.points) / comparison.bandwidth) @ comparison.weights
+    membership = np.zeros((len(windows), len(points)))
+    np.add.at(membership, (np.arange(len(windows))[:, None], windows), 1 / windows.shape[1])
+    within = ((membership @ inner) * membership).sum(axis=1)
+    squared: Values = np.maximum(within - 2 * membership @ cross + comparison.similarity, 0)
+    return squared
+
+
+def _squared_distances(a: Values, b: Values) -> Values:
+    squares: Values = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1)[None, :] - 2 * a @ b.T
+    return np.maximum(squares, 0)
+
+
+def _combine(found: Evidence, moments: dict[str, tuple[float, float]]) -> Values:
+    """Sum of -log p over the tests (B,); of quadratic statistics by the gamma distribution of their moments."""
+    total: Values = np.zeros(len(next(iter(found.values()))))
+    for name, values in found.items():
+        if name in moments:
+            mean, variance = moments[name]
+            total += np.minimum(-stats.gamma.logsf(values, mean**2 / variance, scale=variance / mean), 1e6)
+        else:
+            total += values
+    return total

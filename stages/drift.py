@@ -1,0 +1,162 @@
+"""Stage drift: calibrate the drift detector on clean images, and measure it on simulated drift.
+
+Inputs   models/classifier/, data/processed/ (validation images, which are never trained on); params `drift`
+Outputs  models/drift/         the detector (stages/core/detector.py)
+         metrics/drift.json    false alarms, detection by kind, severity and window, estimated against true accuracy
+         plots/drift/          severity curves, power by window size, estimates, and every corruption in one picture
+Command  python -m stages.drift
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+from pydantic import Field, field_validator
+
+from stages.core.errors import InputError, run_main
+from stages.core.params import Section, load_params
+from stages.core.recipe import Precision, Probability
+from stages.core.runtime import RuntimeParams
+
+METRICS = Path("metrics/drift.json")
+PLOTS = Path("plots/drift")
+FEWEST_IMAGES = 40  # clean ones that a detector can be made of
+CLEAN = "clean"
+
+
+class DriftParams(Section):
+    """The `drift` section of params.yaml."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)]
+    alpha: Annotated[float, Field(gt=0, le=0.2)]
+    max_drop: Annotated[float, Field(gt=0, lt=1)]
+    window_sizes: Annotated[list[Annotated[int, Field(ge=2, le=256)]], Field(min_length=1)]
+    axes: Annotated[int, Field(ge=1, le=256)]
+    null_windows: Annotated[int, Field(ge=99, le=100_000)]
+    images_per_condition: Annotated[int, Field(ge=2)]
+    fit_images: Annotated[int, Field(ge=2)]
+    resplits: Annotated[int, Field(ge=1)]
+    contamination: list[Probability]
+    precision: Precision
+
+    @field_validator("window_sizes")
+    @classmethod
+    def _ascend(cls, value: list[int]) -> list[int]:
+        if sorted(set(value)) != value:
+            raise ValueError(f"{value} must be different sizes, the smallest first")
+        return value
+
+
+class Params(Section):
+    """What this stage reads."""
+
+    drift: DriftParams
+    runtime: RuntimeParams
+
+
+def main(params: Params) -> None:
+    """Write models/drift/, metrics/drift.json and plots/drift/."""
+    import numpy as np
+
+    from stages.core import detector as detectors
+    from stages.core import device, drift_check, drift_figures, drift_summary, model, precision
+    from stages.core.damage import fit_baselines
+    from stages.core.dataset import load_meta, load_split
+    from stages.core.drift_check import Condition
+    from stages.core.features import Extractor
+    from stages.core.image import CropMode, Interpolation
+    from stages.core.measures import fit_projection, measure
+    from stages.core.output import write_bytes, write_json, write_text
+    from stages.core.progress import progress, stage_summary
+    from stages.core.window_test import Population
+
+    knobs = params.drift
+    meta = load_meta()
+    images, labels = load_split("val", meta)
+    where = device.set_up(params.runtime)
+    network, spec = model.load(model.CLASSIFIER, where)
+    if spec.class_ids != meta.class_ids:
+        raise InputError(f"{model.CLASSIFIER} was trained on other classes than data/processed has; run `dvc repro`")
+    if len(labels) < FEWEST_IMAGES:
+        raise InputError(f"data/processed: {len(labels)} validation images; a detector needs at least {FEWEST_IMAGES}")
+    with stage_summary("drift") as made:
+        extractor = Extractor(network, spec, precision.resolve(knobs.precision, where), where)
+        clean = extractor.features(images)
+        rng = np.random.default_rng(knobs.seed)
+        parts = drift_check.split(len(labels), rng)
+        sizes = drift_check.possible_sizes(knobs.window_sizes, parts)
+
+        # Reference images teach the damage estimate, check images measure everything: under each condition, both.
+        fit_on = rng.permutation(parts.reference)[: knobs.fit_images]
+        check_on = rng.permutation(parts.check)[: knobs.images_per_condition]
+        fit_groups = {size: len(fit_on) for size in sizes}
+        check_groups = drift_check.adapted_images(sizes, len(check_on))
+        conditions = [Condition(CLEAN, 0, fit_on, fit_groups)]
+        for kind, severity in drift_check.kinds_and_severities():
+            conditions.append(Condition(kind, severity, fit_on, fit_groups))
+            conditions.append(Condition(kind, severity, check_on, check_groups))
+        looked_at = drift_check.simulate(images, conditions, extractor, knobs.seed)
+        drifted = list(progress(looked_at, "drift", len(conditions), "condition"))
+        fitting, checking = [drifted[0], *drifted[1::2]], drifted[2::2]
+
+        fits = {size: drift_check.fit_sized_damage(fitting, labels, size) for size in sizes}
+        known = np.concatenate([parts.reference, parts.threshold])
+        projection = fit_projection(clean.rows(parts.reference), knobs.axes)
+        threshold = clean.rows(parts.threshold)
+        detector = detectors.build(
+            detectors.DetectorSpec(
+                class_ids=spec.class_ids,
+                image_size=meta.image_size,
+                crop_mode=cast(CropMode, meta.crop_mode),
+                interpolation=cast(Interpolation, meta.interpolation),
+                precision=knobs.precision,
+                alpha=knobs.alpha,
+                max_drop=knobs.max_drop,
+                null_windows=knobs.null_windows,
+                seed=knobs.seed,
+                baselines=fit_baselines(clean.logits[known], labels[known]),
+                damage=[sized for sized, _ in fits.values()],
+                adapts=drifted[0].adapted[sizes[0]] is not None,
+            ),
+            projection,
+            Population(measure(threshold, projection), threshold.logits.argmax(axis=1).astype(np.int64)),
+        )
+        detectors.save(detectors.DETECTOR, detector)
+
+        check = clean.rows(parts.check)
+        unseen = {size: without for size, (_, without) in fits.items()}
+        gauge = drift_check.gauge(detector, sizes, check, labels, unseen)
+        measured = [drift_check.measure_condition(one, gauge, knobs.contamination) for one in checking]
+        alarms = drift_check.false_alarms(
+            clean, sizes, knobs.axes, knobs.alpha, knobs.resplits, knobs.null_windows, knobs.seed
+        )
+        accuracy = float((check.logits.argmax(axis=1) == labels[parts.check]).mean())
+        summary = drift_summary.summary(detector, accuracy, alarms, measured)
+        severities = drift_summary.severity_rows(measured)
+        powers = drift_summary.power_rows(measured, alarms)
+        estimates = drift_summary.estimate_rows(measured)
+        write_json(METRICS, summary)
+        for name, rows in (("severity", severities), ("power", powers), ("estimates", estimates)):
+            write_text(PLOTS / f"{name}.csv", _csv(rows))
+        write_bytes(PLOTS / "severity.png", drift_figures.severity_curves(severities, accuracy))
+        write_bytes(PLOTS / "power.png", drift_figures.power_curves(powers, knobs.alpha))
+        write_bytes(PLOTS / "estimates.png", drift_figures.estimates(estimates))
+        write_bytes(PLOTS / "corruptions.png", drift_figures.contact_sheet(images[check_on[0]], knobs.seed))
+        made.extend(drift_summary.lines(summary))
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: f"{value:.6f}" if isinstance(value, float) else value for key, value in row.items()})
+    return text.getvalue()
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(load_params(Params)), "drift")

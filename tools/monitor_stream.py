@@ -1,0 +1,120 @@
+"""A stream of images, judged window by window, with a chosen run length to a false alarm."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.core.detector import Detector, Judgement
+from stages.core.errors import InputError
+from stages.core.features import Extractor
+from stages.core.production import ImageFile, is_image_name, read_images
+
+_POLL_SECONDS = 0.5
+_SETTLED_SECONDS = 0.5  # a file that was written to later may be unfinished
+_EXCEEDANCES = 20  # clean windows beyond the threshold, for which enough are drawn
+
+
+class Judged(NamedTuple):
+    """A window of the stream."""
+
+    number: int  # from 1
+    names: list[str]
+    judgement: Judgement
+
+
+def stream_alpha(detector: Detector, window: int, run_length: int) -> float:
+    """The false-alarm rate of one window, at which a false alarm comes every `run_length` images on average.
+
+    Windows do not overlap, so the number of windows to a false alarm is geometric: alpha is window / run_length.
+    InputError when the detector's clean images cannot tell so rare an event.
+    """
+    if not 2 <= window <= detector.largest_window:
+        raise InputError(f"--window: {window}; this detector can test windows of 2 to {detector.largest_window} images")
+    if run_length < 2 * window:
+        raise InputError(f"--run-length: {run_length} images must be at least two windows of {window}")
+    return window / run_length
+
+
+def null_windows(alpha: float) -> int:
+    """Clean windows to draw, so that a p-value can fall to alpha and alpha is met exactly."""
+    return max(999, round(_EXCEEDANCES / alpha) - 1)
+
+
+def judge_stream(
+    detector: Detector, extractor: Extractor, files: Iterator[ImageFile], window: int, run_length: int
+) -> Iterator[Judged]:
+    """Judge windows of `window` images as they come; images that cannot be read are left out, and said."""
+    alpha = stream_alpha(detector, window, run_length)
+    calibration = detector.calibration(window, null_windows(alpha))
+    spec = detector.spec
+    pending: list[ImageFile] = []
+    images: list[NDArray[np.uint8]] = []
+    names: list[str] = []
+    number = 0
+    for file in files:
+        pending.append(file)
+        if len(names) + len(pending) < window:
+            continue
+        read = read_images(pending, spec.image_size, spec.crop_mode, spec.interpolation)
+        pending = []
+        for name, reason in read.skipped:
+            print(f"monitor: left out {name}: {reason}", flush=True)
+        images += list(read.images)
+        names += read.names
+        if len(names) < window:
+            continue
+        number += 1
+        pixels = np.stack(images)
+        features = extractor.features(pixels)
+        adapted = extractor.adapted_logits(pixels, window)
+        yield Judged(number, names, detector.judge(features, adapted, alpha, calibration))
+        images, names = [], []
+
+
+def growing_folder(folder: Path, idle: float | None) -> Iterator[ImageFile]:
+    """Images of a folder in the order in which they come, for ever, or until none came for `idle` seconds."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: a stream needs a folder that grows, or - for paths on stdin")
+    seen: set[Path] = set()
+    last = time.monotonic()
+    while True:
+        now = time.time()
+        fresh = []
+        for path in folder.rglob("*"):
+            if path not in seen and is_image_name(path.relative_to(folder).as_posix()) and path.is_file():
+                modified = path.stat().st_mtime
+                if now - modified >= _SETTLED_SECONDS:
+                    fresh.append((modified, path))
+        for _, path in sorted(fresh):
+            seen.add(path)
+            yield ImageFile(str(path), path.read_bytes)
+        if fresh:
+            last = time.monotonic()
+        elif idle is not None and time.monotonic() - last > idle:
+            return
+        else:
+            time.sleep(_POLL_SECONDS)
+
+
+def paths_from_stdin() -> Iterator[ImageFile]:
+    """Images named on stdin, one path a line, until it ends."""
+    for line in sys.stdin:
+        if line.strip():
+            path = Path(line.rstrip("\n"))
+            yield ImageFile(str(path), path.read_bytes)
+
+
+def open_stream(places: list[str], idle: float | None) -> Iterator[ImageFile]:
+    """The images of a stream: a growing folder, or `-` for stdin."""
+    if places == ["-"]:
+        return paths_from_stdin()
+    if len(places) != 1:
+        raise InputError(f"a stream is one folder, or - for paths on stdin; got {len(places)} places")
+    return growing_folder(Path(places[0]), idle)
