@@ -327,7 +327,15 @@ def at_work(make_repository: Callable[..., Path], tmp_path_factory: pytest.TempP
     patterns(folder / "labels", 60, 4000, (KIND, SEVERITY))
     patterns(folder / "wrong-labels", 60, 4000, (KIND, SEVERITY), shift=1)
     made = make_repository(
-        data__source=str(folder / "source"), train__epochs=8, runtime__checkpoint_steps=5, train__log_every=10
+        data__source=str(folder / "source"),
+        train__epochs=8,
+        train__log_every=10,
+        runtime__checkpoint_steps=5,
+        drift__window_sizes=[10, 30],
+        drift__null_windows=199,
+        drift__images_per_condition=20,
+        drift__fit_images=60,
+        drift__resplits=2,
     )
     run(made, "dvc", "repro")
     run(made, "git", "add", "-A")
@@ -430,11 +438,21 @@ def test_a_recovery_that_fails_leaves_everything_as_it_was(own: Path, at_work: P
 @pytest.mark.slow
 def test_drift_that_does_no_harm_starts_nothing(own: Path, at_work: Path, tmp_path: Path) -> None:
     before = state(own)
-    patterns(tmp_path / "mild", 15, 5000, ("colour_cast", 2))
-    for images in (at_work / "clean", tmp_path / "mild"):
+    patterns(tmp_path / "mild", 15, 5000, ("colour_cast", 5))
+    patterns(tmp_path / "shifted", 40, 6000)
+    for name in CLASSES[1:]:
+        shutil.rmtree(tmp_path / "shifted" / name)
+    verdicts = {}
+    for images in (at_work / "clean", tmp_path / "mild", tmp_path / "shifted"):
         result = run(own, *retrain_command(images, at_work / "labels", tmp_path / "summary.json"))
         assert "retrain: nothing to do: " in result.stdout
-        assert json.loads((tmp_path / "summary.json").read_text())["monitor"]["status"] in ("ok", "benign")
+        verdicts[images.name] = json.loads((tmp_path / "summary.json").read_text())["monitor"]
+    assert {name: verdict["status"] for name, verdict in verdicts.items()} == {
+        "clean": "ok",
+        "mild": "benign",
+        "shifted": "ok",
+    }
+    assert verdicts["shifted"]["label_shift"]["detected"]
     assert state(own) == before
     assert run(own, "dvc", "exp", "list", "--name-only").stdout.strip() == ""
 
