@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from stages import evaluate, extract, preprocess, profile, train
+from stages import drift, evaluate, extract, preprocess, profile, train
 from stages.core.errors import InputError
 from stages.core.params import SECTIONS, Section, load_params
 from tests.helpers import ROOT, set_params
@@ -20,6 +20,7 @@ STAGES = {
     "train": train,
     "evaluate": evaluate,
     "profile": profile,
+    "drift": drift,
     "retrain": retrain,  # a tool, but its params are read in the same way
 }
 
