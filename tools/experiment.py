@@ -180,8 +180,12 @@ def promote(head: str, experiment: str, message: str, facts: dict[str, Any]) -> 
     """Make the experiment the state of the branch: commit, data and models, tag. Returns `facts` with these named.
 
     The commit is made of the experiment's own tree, so that it holds exactly what was evaluated. Call
-    `forget_promotion` when the result is reported.
+    `forget_promotion` when the result is reported. Raises ExperimentError when somebody worked here meanwhile.
     """
+    moved, changed = _git("rev-parse", "HEAD") != head, _changed_files()
+    if moved or changed:
+        what = "HEAD moved" if moved else f"{', '.join(changed[:5])} changed"
+        raise ExperimentError(f"{what} while the experiment ran; commit or undo that, and run the same command again")
     tree = _git("rev-parse", f"{experiment}^{{tree}}")
     commit = _git("commit-tree", tree, "-p", head, "-m", message)
     _STATE.mkdir(parents=True, exist_ok=True)

@@ -211,7 +211,10 @@ def _retrain(
         f"clean ones; the monitor says {confirmation['status']}"
     )
     message = f"Retrain on drifted images\n\n{reason}.\nExperiment {name}, images of {Path(images.origin).name}."
-    return experiment.promote(head, commit, message, summary | {"decision": "promoted", "reason": reason})
+    try:
+        return experiment.promote(head, commit, message, summary | {"decision": "promoted", "reason": reason})
+    except experiment.ExperimentError as error:
+        return summary | {"decision": "not promoted", "reason": str(error)}
 
 
 # --- the parts ----------------------------------------------------------------------------------------------------

@@ -281,6 +281,21 @@ def test_a_file_that_somebody_changed_meanwhile_is_not_overwritten(
     assert "num_bins: 11" in (repository / "params.yaml").read_text()
 
 
+def test_nothing_is_promoted_over_work_that_was_done_meanwhile(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(repository)
+    head = run(repository, "git", "rev-parse", "HEAD").stdout.strip()
+    set_params(repository / "params.yaml", {"evaluate.num_bins": 11})
+    before = state(repository)
+    with pytest.raises(experiment.ExperimentError, match=r"params\.yaml changed while the experiment ran"):
+        experiment.promote(head, head, "message", {"experiment": "retrain-x"})
+    assert state(repository) == before
+    run(repository, "git", "commit", "-qam", "work")
+    with pytest.raises(experiment.ExperimentError, match="HEAD moved while the experiment ran"):
+        experiment.promote(head, head, "message", {"experiment": "retrain-x"})
+
+
 # --- the whole loop -----------------------------------------------------------------------------------------------
 
 CLASSES = ("bars", "checks", "rungs", "slants")
