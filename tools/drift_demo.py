@@ -34,7 +34,7 @@ from stages.extract import DataParams, SampleParams
 from tools.retrain import simulation
 
 NUM_PRODUCTION, NUM_LABELLED = 100, 1000
-LESS_MEASURING = {"images_per_condition": 40, "resplits": 3}  # of the drift stage; the detector is the same
+LESS_MEASURING = {"images_per_condition": 40, "resplits": 3}  # of the drift stage
 _SPLIT = 2  # of the generator: 0 is train, 1 is val
 
 
