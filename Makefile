@@ -1,6 +1,6 @@
 # `make help` lists the verbs. All of them work on a machine that has Python 3.11, make and git.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-slow lint format exp show dag plots bench lock clean
+.PHONY: help setup repro test test-slow lint format exp show dag plots bench drift-demo lock clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -59,6 +59,9 @@ plots: setup ## draw all plots into one page
 
 bench: setup ## compare speed with hand-written loops: make bench DATA=/path/to/images.tgz
 	python -m tools.benchmark $(if $(DATA),--data '$(DATA)')
+
+drift-demo: setup ## let drift come, notice it, retrain, and look again, in a clone that is removed
+	python -m tools.drift_demo
 
 lock: setup ## resolve pyproject.toml into requirements.txt again (needs the package index)
 	python -m pip install --quiet uv

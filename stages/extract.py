@@ -1,7 +1,8 @@
 """Stage extract: get the images of `data.source`, check them, and hand them on as one tar a split.
 
 Inputs   params `data`, `sample`; the generator, a download, an archive or a folder
-Outputs  data/raw/{train,val}.tar   uncompressed, members `<class>/<image>` in canonical order, no times, no owners
+Outputs  data/raw/{train,val}.tar   uncompressed, members `<class>/<image>` in canonical order, no times, no owners;
+                                    then those of `data.extra`, as `<class>/extra-<image>`
          data/raw/source.json       classes, counts, sha256 of the content
 Command  python -m stages.extract
 """
@@ -13,11 +14,11 @@ import hashlib
 import io
 import tarfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -31,7 +32,7 @@ from stages.core.parallel import parallel_map
 from stages.core.params import Section, load_params
 from stages.core.progress import progress, stage_summary
 from stages.core.runtime import RuntimeParams, cache_dir, num_workers
-from stages.core.source import RAW, SPLITS, SourceInfo
+from stages.core.source import EXTRA_PREFIX, RAW, SPLITS, ExtraInfo, SourceInfo, is_extra
 
 # fast.ai's addresses and md5; those of Imagenette are torchvision's too (torchvision.datasets.Imagenette).
 _FAST_AI = "https://s3.amazonaws.com/fast-ai-imageclas/"
@@ -52,6 +53,8 @@ class DataParams(Section):
     source: Annotated[str, Field(min_length=1)]
     md5: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{32}$")] | None
     sha256: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")] | None
+    extra: Annotated[str, Field(min_length=1)] | None
+    extra_sha256: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")] | None
     max_files: Annotated[int, Field(ge=1)]
     max_bytes: Annotated[int, Field(ge=1)]
     max_ratio: Annotated[int, Field(ge=1)]
@@ -75,19 +78,27 @@ class Params(Section):
 
 
 def main(params: Params) -> None:
-    """Write data/raw/ from `data.source`, or leave it as it was and raise InputError."""
+    """Write data/raw/ from `data.source` and `data.extra`, or leave it as it was and raise InputError."""
     with stage_summary("extract") as made, replace_directory(RAW) as out:
-        with _open_source(params, out) as source:
+        extra = None
+        with ExitStack() as stack:
+            source = stack.enter_context(_open_source(params, out))
+            further = stack.enter_context(_open_extra(params, source, out))
+            counts = source.counts
             for split in SPLITS:
                 _write_tar(out / f"{split}.tar", source.images[split], split, source.counts[split])
-        hashes = "".join(file_hash(out / f"{split}.tar", "sha256") for split in SPLITS)
-        content_hash = hashlib.sha256(hashes.encode()).hexdigest()
-        if Path(params.data.source).expanduser().is_dir():
-            _check_folder(params.data, content_hash)
-        info = SourceInfo(classes=source.classes, num_images=source.counts, sha256=content_hash)
-        write_json(out / "source.json", info.model_dump())
-        counts = " + ".join(f"{source.counts[split]:,} {split}" for split in SPLITS)
-        made.append(f"{counts} images of {len(source.classes)} classes from {params.data.source} in {RAW}")
+            content_hash = _content_hash(out)
+            if Path(params.data.source).expanduser().is_dir():
+                _check_folder(params.data, content_hash)
+            if further is not None:
+                extra = _add_extra(params.data, further, out)
+                counts = {split: counts[split] + extra.num_images[split] for split in SPLITS}
+                content_hash = _content_hash(out)
+        info = SourceInfo(classes=source.classes, num_images=counts, sha256=content_hash, extra=extra)
+        write_json(out / "source.json", info.model_dump(exclude_none=True))
+        shown = " + ".join(f"{counts[split]:,} {split}" for split in SPLITS)
+        added = f", {sum(extra.num_images.values()):,} of them from {params.data.extra}," if extra else ""
+        made.append(f"{shown} images of {len(source.classes)} classes from {params.data.source}{added} in {RAW}")
 
 
 @dataclass(frozen=True)
@@ -105,17 +116,79 @@ def _open_source(params: Params, scratch: Path) -> Iterator[_Source]:
     if data.source == "sample":
         yield _generate(params.sample, num_workers(params.runtime))
         return
-    path = _locate(data, cache_dir(params.runtime) / "downloads")
-    limits = Limits(files=data.max_files, total_bytes=data.max_bytes, ratio=data.max_ratio)
-    with open_image_set(path, limits, scratch) as files:
+    path = _locate(data.source, "source", data.md5, data.sha256, cache_dir(params.runtime) / "downloads")
+    with _opened(path, _limits(data), scratch, None) as source:
+        yield source
+
+
+@contextmanager
+def _open_extra(params: Params, source: _Source, scratch: Path) -> Iterator[_Source | None]:
+    """The set of `data.extra`, or None without one."""
+    data = params.data
+    if data.extra is None:
+        if data.extra_sha256 is not None:
+            raise InputError("params.yaml: data.extra_sha256: there is no data.extra; set it, or this to null")
+        yield None
+        return
+    path = _locate(data.extra, "extra", None, data.extra_sha256, cache_dir(params.runtime) / "downloads")
+    folder = scratch / "extra"
+    folder.mkdir()
+    with _opened(path, _limits(data), folder, source.classes) as extra:
+        yield extra
+    folder.rmdir()
+
+
+@contextmanager
+def _opened(path: Path, limits: Limits, scratch: Path, classes: list[str] | None) -> Iterator[_Source]:
+    with open_image_set(path, limits, scratch, classes) as files:
         yield _Source(
-            classes=sorted({file.class_name for file in files["train"]}),
+            classes=classes or sorted({file.class_name for file in files["train"]}),
             counts={split: len(files[split]) for split in SPLITS},
             images={
                 split: ((file.class_name, file.file_name, file.member.read()) for file in files[split])
                 for split in SPLITS
             },
         )
+
+
+def _limits(data: DataParams) -> Limits:
+    return Limits(files=data.max_files, total_bytes=data.max_bytes, ratio=data.max_ratio)
+
+
+def _content_hash(folder: Path) -> str:
+    hashes = "".join(file_hash(folder / f"{split}.tar", "sha256") for split in SPLITS)
+    return hashlib.sha256(hashes.encode()).hexdigest()
+
+
+def _add_extra(data: DataParams, extra: _Source, out: Path) -> ExtraInfo:
+    """Append the images of `data.extra` to the tars."""
+    digest = hashlib.sha256()
+
+    def renamed(split: str) -> Iterator[LabelledImage]:
+        for class_name, file_name, content in extra.images[split]:
+            digest.update(f"{split}/{class_name}/{file_name}\0".encode() + hashlib.sha256(content).digest())
+            yield class_name, f"{EXTRA_PREFIX}{file_name}", content
+
+    for split in SPLITS:
+        tar = out / f"{split}.tar"
+        _refuse_prefix(tar, split)
+        _write_tar(tar, renamed(split), split, extra.counts[split], mode="a")
+    found = digest.hexdigest()
+    is_folder = Path(data.extra or "").expanduser().is_dir()
+    if is_folder and data.extra_sha256 and data.extra_sha256.lower() != found:
+        raise InputError(f"{data.extra}: content sha256 is {found}, expected {data.extra_sha256} (data.extra_sha256)")
+    return ExtraInfo(num_images=extra.counts, sha256=found)
+
+
+def _refuse_prefix(tar_path: Path, split: str) -> None:
+    """A name of the source must not look like one of `data.extra`."""
+    with tarfile.open(tar_path, "r:") as tar:
+        for info in tar:
+            if is_extra(info.name):
+                raise InputError(
+                    f"{split}/{info.name}: with data.extra, no image of data.source may be named {EXTRA_PREFIX}*: "
+                    "rename it"
+                )
 
 
 def _generate(params: SampleParams, workers: int) -> _Source:
@@ -136,24 +209,25 @@ def _generate(params: SampleParams, workers: int) -> _Source:
     )
 
 
-def _locate(data: DataParams, downloads: Path) -> Path:
-    """The local folder or archive behind `data.source`, downloaded where it has to be, its checksum checked."""
-    if data.source in NAMED_SOURCES:
-        url, published = NAMED_SOURCES[data.source]
-        return fetch(url, downloads, md5=data.md5 or published, sha256=data.sha256)
-    if data.source.startswith(("http://", "https://")):
-        return fetch(data.source, downloads, md5=data.md5, sha256=data.sha256)
-    path = Path(data.source).expanduser()
+def _locate(value: str, key: str, md5: str | None, sha256: str | None, downloads: Path) -> Path:
+    """The local folder or archive behind `data.KEY`, downloaded where it has to be, its checksum checked."""
+    key_prefix = "data." if key == "source" else f"data.{key}_"
+    if value in NAMED_SOURCES:
+        url, published = NAMED_SOURCES[value]
+        return fetch(url, downloads, md5=md5 or published, sha256=sha256, key_prefix=key_prefix)
+    if value.startswith(("http://", "https://")):
+        return fetch(value, downloads, md5=md5, sha256=sha256, key_prefix=key_prefix)
+    path = Path(value).expanduser()
     if path.is_dir():
         return path  # its checksum is that of the content, known when it has been read
     if path.is_file():
-        check(path, md5=data.md5, sha256=data.sha256)
+        check(path, md5=md5, sha256=sha256, key_prefix=key_prefix)
         return path
-    names = ("sample", *NAMED_SOURCES)
-    close = difflib.get_close_matches(data.source, names, n=1)
+    names = ("sample", *NAMED_SOURCES) if key == "source" else tuple(NAMED_SOURCES)
+    close = difflib.get_close_matches(value, names, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise InputError(
-        f"params.yaml: data.source: {data.source!r} is no file or folder here{hint} (valid: {', '.join(names)}, or "
+        f"params.yaml: data.{key}: {value!r} is no file or folder here{hint} (valid: {', '.join(names)}, or "
         "the path or URL of a .tgz, .tar, .zip or folder with train/<class>/* and val/<class>/*)"
     )
 
@@ -165,9 +239,11 @@ def _check_folder(data: DataParams, found: str) -> None:
         raise InputError(f"{data.source}: content sha256 is {found}, expected {data.sha256.lower()} (data.sha256)")
 
 
-def _write_tar(path: Path, images: Iterable[LabelledImage], split: str, total: int) -> None:
-    """Write the images in the order given; the same images give the same bytes."""
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+def _write_tar(
+    path: Path, images: Iterable[LabelledImage], split: str, total: int, mode: Literal["w", "a"] = "w"
+) -> None:
+    """Write (or append) the images in the order given; the same images give the same bytes."""
+    with tarfile.open(path, mode, format=tarfile.PAX_FORMAT) as tar:
         for class_name, file_name, content in progress(images, f"extract {split}", total):
             check_is_image(content, f"{split}/{class_name}/{file_name}")
             info = tarfile.TarInfo(f"{class_name}/{file_name}")

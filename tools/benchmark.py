@@ -174,7 +174,15 @@ def _setup(arguments: argparse.Namespace, params: Params, data: Path | None, roo
     }
     from_file = load_params(extract.Params, root / "params.yaml")
     packing = load_params(preprocess.Params, root / "params.yaml")
-    source = from_file.data.model_copy(update={"source": str(data) if data else "sample", "md5": None, "sha256": None})
+    source = from_file.data.model_copy(
+        update={
+            "source": str(data) if data else "sample",
+            "md5": None,
+            "sha256": None,
+            "extra": None,
+            "extra_sha256": None,
+        }
+    )
     return Setup(
         data=from_file.model_copy(update={"data": source, "sample": from_file.sample.model_copy(update=sample)}),
         pack=packing.model_copy(update={"preprocess": packing.preprocess.model_copy(update={"image_size": pack_size})}),

@@ -16,7 +16,7 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -58,15 +58,35 @@ class LabelledFile(NamedTuple):
 
 
 @contextmanager
-def open_image_set(path: Path, limits: Limits, scratch: Path) -> Iterator[dict[str, list[LabelledFile]]]:
+def open_image_set(
+    path: Path, limits: Limits, scratch: Path, classes: Sequence[str] | None = None
+) -> Iterator[dict[str, list[LabelledFile]]]:
     """Open a source laid out `train/<class>/*`, `val/<class>/*`, at its top or below one folder.
 
     Yields the files of each split in canonical order (class, then name). `scratch` is an existing folder for the
-    unpacked tar of a compressed one. Raises InputError naming the source and the member that is wrong.
+    unpacked tar of a compressed one. With `classes`, the set adds to another one that has these: it may lack some of
+    them, in either split, and have no others. Raises InputError naming the source and the member that is wrong.
     """
     with ExitStack() as stack:
         members, directories = stack.enter_context(_open_members(path, limits, scratch))
-        yield _arrange(path, members, directories)
+        yield _arrange(path, members, directories, classes)
+
+
+@contextmanager
+def open_labelled(
+    path: Path, limits: Limits, scratch: Path, classes: Sequence[str]
+) -> Iterator[dict[str, list[LabelledFile]]]:
+    """Open labelled images laid out `<class>/<image>`, or as `open_image_set` has it.
+
+    Yields them in canonical order under the key "all", or by split. They may lack some of `classes` and have no others.
+    """
+    with ExitStack() as stack:
+        members, directories = stack.enter_context(_open_members(path, limits, scratch))
+        names = {*(PurePosixPath(member.name) for member in members), *directories}
+        if _roots_of_splits(names):
+            yield _arrange(path, members, directories, classes)
+        else:
+            yield {"all": _arrange_classes(path, members, classes)}
 
 
 # --- the kinds of source ------------------------------------------------------------------------------------------
@@ -242,7 +262,9 @@ def _count(path: Path, files: int, total: int, size: int, limits: Limits) -> int
     return total + size
 
 
-def _arrange(path: Path, members: list[Member], directories: set[PurePosixPath]) -> dict[str, list[LabelledFile]]:
+def _arrange(
+    path: Path, members: list[Member], directories: set[PurePosixPath], known: Sequence[str] | None
+) -> dict[str, list[LabelledFile]]:
     names = [PurePosixPath(member.name) for member in members]
     root = _root_of_splits(path, {*names, *directories})
     files: dict[str, list[LabelledFile]] = {split: [] for split in SPLITS}
@@ -256,22 +278,53 @@ def _arrange(path: Path, members: list[Member], directories: set[PurePosixPath])
             raise InputError(f"{path}: {member.name!r} is not at {'/'.join((*root, inside[0]))}/<class>/<image>")
         files[inside[0]].append(LabelledFile(inside[1], inside[2], member))
 
+    if known is not None:
+        _check_known(path, {file.class_name for split in SPLITS for file in files[split]}, known)
+    else:
+        _check_classes(path, files, directories, root)
+    for split in SPLITS:
+        _sort(path, files[split], f"{split}/")
+    return files
+
+
+def _arrange_classes(path: Path, members: list[Member], known: Sequence[str]) -> list[LabelledFile]:
+    """The files of `<class>/<image>`, at the top or below one folder."""
+    placed = [(PurePosixPath(member.name).parts, member) for member in members]
+    placed = [(parts, member) for parts, member in placed if len(parts) > 1 and not _is_litter(PurePosixPath(*parts))]
+    tops = {parts[0] for parts, _ in placed}
+    depth = 1 if len(tops) == 1 and all(len(parts) == 3 for parts, _ in placed) else 0
+    for parts, member in placed:
+        if len(parts) != depth + 2:
+            raise InputError(f"{path}: {member.name!r} is not at <class>/<image>")
+    files = [LabelledFile(parts[depth], parts[depth + 1], member) for parts, member in placed]
+    _check_known(path, {file.class_name for file in files}, known)
+    _sort(path, files, "")
+    return files
+
+
+def _sort(path: Path, files: list[LabelledFile], where: str) -> None:
+    files.sort(key=lambda file: (file.class_name, file.file_name))
+    repeated = Counter((file.class_name, file.file_name) for file in files).most_common(1)
+    if repeated and repeated[0][1] > 1:
+        raise InputError(f"{path}: {where}{'/'.join(repeated[0][0])} is there {repeated[0][1]} times")
+
+
+def _check_known(path: Path, found: set[str], known: Sequence[str]) -> None:
+    if not found:
+        raise InputError(f"{path}: no image found in the folders of its classes")
+    if unknown := sorted(found - set(known)):
+        raise InputError(f"{path}: unknown class {', '.join(unknown[:5])} (the source's: {', '.join(known)})")
+
+
+def _check_classes(
+    path: Path, files: dict[str, list[LabelledFile]], directories: set[PurePosixPath], root: tuple[str, ...]
+) -> None:
     classes = {split: {file.class_name for file in files[split]} for split in SPLITS}
     for directory in directories:
         inside = directory.parts[len(root) :]
         is_class = directory.parts[: len(root)] == root and len(inside) == 2 and inside[0] in SPLITS
         if is_class and inside[1] not in classes[inside[0]] and not _is_litter(directory):
             raise InputError(f"{path}: class {inside[1]!r} is empty in {inside[0]}/")
-    _check_classes(path, classes)
-    for split in SPLITS:
-        files[split].sort(key=lambda file: (file.class_name, file.file_name))
-        repeated = Counter((file.class_name, file.file_name) for file in files[split]).most_common(1)[0]
-        if repeated[1] > 1:
-            raise InputError(f"{path}: {split}/{'/'.join(repeated[0])} is there {repeated[1]} times")
-    return files
-
-
-def _check_classes(path: Path, classes: dict[str, set[str]]) -> None:
     train, val = (classes[split] for split in SPLITS)
     if train != val:
         only = [f"{', '.join(sorted(some)[:5])} only in {split}/" for some, split in
@@ -283,6 +336,17 @@ def _check_classes(path: Path, classes: dict[str, set[str]]) -> None:
 
 def _root_of_splits(path: Path, names: set[PurePosixPath]) -> tuple[str, ...]:
     """The folder that holds train/ and val/: the top, or one that is alone in having both."""
+    roots = _roots_of_splits(names)
+    if len(roots) == 1:
+        return roots[0]
+    top = sorted({name.parts[0] for name in names if name.parts and not _is_litter(name)})
+    what = "several folders have" if roots else "no folder has"
+    shown = ", ".join(top[:8]) or "nothing"
+    raise InputError(f"{path}: {what} both train/<class>/ and val/<class>/; at its top are: {shown}")
+
+
+def _roots_of_splits(names: set[PurePosixPath]) -> list[tuple[str, ...]]:
+    """The folders that hold both train/ and val/."""
     found: dict[tuple[str, ...], set[str]] = {}
     for name in names:
         if not _is_litter(name):
@@ -290,13 +354,7 @@ def _root_of_splits(path: Path, names: set[PurePosixPath]) -> tuple[str, ...]:
                 if part in SPLITS:
                     found.setdefault(name.parts[:depth], set()).add(part)
                     break
-    roots = [root for root, splits in found.items() if splits == set(SPLITS)]
-    if len(roots) == 1:
-        return roots[0]
-    top = sorted({name.parts[0] for name in names if name.parts and not _is_litter(name)})
-    what = "several folders have" if roots else "no folder has"
-    shown = ", ".join(top[:8]) or "nothing"
-    raise InputError(f"{path}: {what} both train/<class>/ and val/<class>/; at its top are: {shown}")
+    return [root for root, splits in found.items() if splits == set(SPLITS)]
 
 
 def _is_litter(name: PurePosixPath) -> bool:

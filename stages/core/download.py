@@ -18,7 +18,7 @@ _TIMEOUT = (10, 60)  # seconds to connect, and between two bytes
 _ATTEMPTS = 5
 
 
-def fetch(url: str, folder: Path, md5: str | None = None, sha256: str | None = None) -> Path:
+def fetch(url: str, folder: Path, md5: str | None = None, sha256: str | None = None, key_prefix: str = "data.") -> Path:
     """The local copy of `url` in `folder`, downloaded unless a checked copy is there.
 
     A download that breaks off is taken up where it stopped, within this call and by the next one. Raises InputError
@@ -35,7 +35,7 @@ def fetch(url: str, folder: Path, md5: str | None = None, sha256: str | None = N
             return path
         _download(url, partial)
         try:
-            check(partial, md5=md5, sha256=sha256, shown=url)
+            check(partial, md5=md5, sha256=sha256, shown=url, key_prefix=key_prefix)
         except InputError:
             partial.unlink()  # resuming it could never end well
             raise
@@ -43,16 +43,25 @@ def fetch(url: str, folder: Path, md5: str | None = None, sha256: str | None = N
     return path
 
 
-def check(path: Path, md5: str | None = None, sha256: str | None = None, shown: str | None = None) -> None:
-    """Raise InputError when the file's checksum is not the one asked for; None is not checked."""
+def check(
+    path: Path,
+    md5: str | None = None,
+    sha256: str | None = None,
+    shown: str | None = None,
+    key_prefix: str = "data.",
+) -> None:
+    """Raise InputError when the file's checksum is not the one asked for; None is not checked.
+
+    `key_prefix` starts the name of the key in params.yaml that asks for it.
+    """
     for algorithm, expected in (("md5", md5), ("sha256", sha256)):
         if expected is None:
             continue
         found = file_hash(path, algorithm)
         if found != expected.lower():
             raise InputError(
-                f"{shown or path}: {algorithm} is {found}, expected {expected.lower()} (data.{algorithm}); the file "
-                "is damaged or another one: fetch it again, or mend the checksum"
+                f"{shown or path}: {algorithm} is {found}, expected {expected.lower()} ({key_prefix}{algorithm}); "
+                "the file is damaged or another one: fetch it again, or mend the checksum"
             )
 
 

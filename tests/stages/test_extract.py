@@ -118,6 +118,98 @@ def test_an_unknown_source_names_the_choices(workspace: Path) -> None:
     assert not (workspace / "data").exists() or not list((workspace / "data").iterdir())
 
 
+def members(workspace: Path, split: str) -> list[str]:
+    with tarfile.open(workspace / f"data/raw/{split}.tar") as tar:
+        return tar.getnames()
+
+
+def further_files() -> dict[str, bytes]:
+    """Labelled images of one of the two classes, of which val has another one."""
+    return {f"{name}/{i}.jpg": encoded(picture(7000 + i)) for i in range(3) for name in ("train/cat", "val/dog")}
+
+
+def test_extra_images_are_added_under_names_of_their_own(workspace: Path, tmp_path: Path) -> None:
+    run_stage(workspace, data__source=str(write_files(tmp_path / "images", image_files())))
+    alone, names = raw(workspace), {split: members(workspace, split) for split in ("train", "val")}
+    assert "extra" not in json.loads(alone["source.json"])
+    run_stage(workspace, data__extra=str(write_files(tmp_path / "extra", further_files())))
+    both = raw(workspace)
+    info, before = json.loads(both["source.json"]), json.loads(alone["source.json"])
+    assert members(workspace, "train") == names["train"] + [f"cat/extra-{i}.jpg" for i in range(3)]
+    assert members(workspace, "val") == names["val"] + [f"dog/extra-{i}.jpg" for i in range(3)]
+    assert info["num_images"] == {"train": 11, "val": 7}
+    assert info["extra"]["num_images"] == {"train": 3, "val": 3}
+    assert info["classes"] == before["classes"]
+    assert info["sha256"] != before["sha256"]
+    assert sorted(both) == sorted(alone)
+    # an archive of them gives the same bytes, also beside a compressed source; without them all is as before
+    (tmp_path / "packed").mkdir()
+    run_stage(workspace, data__extra=str(make_tgz(tmp_path / "packed", further_files())))
+    assert raw(workspace) == both
+    run_stage(workspace, data__source=str(make_tgz(tmp_path, image_files())))
+    assert raw(workspace) == both
+    run_stage(workspace, data__extra=None)
+    assert raw(workspace) == alone
+
+
+def test_the_checksum_of_extra_images_is_checked(workspace: Path, tmp_path: Path) -> None:
+    source, extra = write_files(tmp_path / "images", image_files()), write_files(tmp_path / "extra", further_files())
+    run_stage(workspace, data__source=str(source))
+    own = json.loads(raw(workspace)["source.json"])["sha256"]
+    # data.sha256 stays that of the source alone
+    run_stage(workspace, data__extra=str(extra), data__sha256=own)
+    content_hash = json.loads(raw(workspace)["source.json"])["extra"]["sha256"]
+    run_stage(workspace, data__extra_sha256=content_hash.upper())
+    with pytest.raises(
+        InputError, match=rf"extra: content sha256 is {content_hash}, expected 0+ \(data\.extra_sha256\)"
+    ):
+        run_stage(workspace, data__extra_sha256="0" * 64)
+    (tmp_path / "packed").mkdir()
+    archive = make_zip(tmp_path / "packed", further_files())
+    sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
+    run_stage(workspace, data__extra=str(archive), data__extra_sha256=sha256)
+    with pytest.raises(InputError, match=rf"images\.zip: sha256 is {sha256}, expected f+ \(data\.extra_sha256\)"):
+        run_stage(workspace, data__extra_sha256="f" * 64)
+    with pytest.raises(InputError, match=r"data\.extra_sha256: there is no data\.extra"):
+        run_stage(workspace, data__extra=None)
+
+
+BAD_EXTRAS: dict[str, tuple[dict[str, bytes], str]] = {
+    "unknown classes": (
+        {"train/cow/0.jpg": b"", "val/cow/0.jpg": b""},
+        r"unknown class cow \(the source's: cat, dog\)",
+    ),
+    "a text named .jpg": (
+        {"train/cat/0.jpg": b"<html>", "val/cat/0.jpg": b""},
+        r"train/cat/extra-0\.jpg: is not an im",
+    ),
+    "no val": ({"train/cat/0.jpg": b""}, "no folder has both"),
+    "no image": ({"train/.DS_Store": b"", "val/cat/.DS_Store": b""}, "no image found"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_EXTRAS)
+def test_a_refused_extra_set_leaves_what_was_there(case: str, workspace: Path, tmp_path: Path) -> None:
+    run_stage(workspace, data__source=str(write_files(tmp_path / "images", image_files())))
+    before = raw(workspace)
+    files, message = BAD_EXTRAS[case]
+    if case == "no image":
+        (tmp_path / "extra/train/cat").mkdir(parents=True)
+    with pytest.raises(InputError, match=message):
+        run_stage(workspace, data__extra=str(write_files(tmp_path / "extra", files)))
+    assert raw(workspace) == before
+    assert [path.name for path in (workspace / "data").iterdir()] == ["raw"]
+
+
+def test_a_source_with_names_of_extra_images_is_refused_beside_some(workspace: Path, tmp_path: Path) -> None:
+    files = image_files() | {"train/cat/extra-0.jpg": encoded(picture())}
+    run_stage(workspace, data__source=str(write_files(tmp_path / "images", files)))
+    with pytest.raises(InputError, match=r"train/cat/extra-0\.jpg: with data\.extra, no image of data\.source"):
+        run_stage(workspace, data__extra=str(write_files(tmp_path / "extra", further_files())))
+    with pytest.raises(InputError, match=r"data\.extra: 'sample' is no file or folder here"):
+        run_stage(workspace, data__extra="sample")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL.exists(), reason="needs the Imagenette archive, which lies beside the checkout only in CI")
 def test_the_real_archive(workspace: Path) -> None:

@@ -8,12 +8,21 @@ from typing import Any
 
 import pytest
 
-from stages import evaluate, extract, preprocess, profile, train
+from stages import drift, evaluate, extract, preprocess, profile, train
 from stages.core.errors import InputError
 from stages.core.params import SECTIONS, Section, load_params
 from tests.helpers import ROOT, set_params
+from tools import retrain
 
-STAGES = {"extract": extract, "preprocess": preprocess, "train": train, "evaluate": evaluate, "profile": profile}
+STAGES = {
+    "extract": extract,
+    "preprocess": preprocess,
+    "train": train,
+    "evaluate": evaluate,
+    "profile": profile,
+    "drift": drift,
+    "retrain": retrain,  # a tool, but its params are read in the same way
+}
 
 
 @pytest.fixture
@@ -31,7 +40,7 @@ def test_the_committed_file_is_valid(stage: str, params_file: Path) -> None:
         params.runtime = None
 
 
-def test_every_section_is_read_by_a_stage() -> None:
+def test_every_section_is_read_by_a_stage_or_a_tool() -> None:
     assert set().union(*(set(stage.Params.model_fields) for stage in STAGES.values())) == set(SECTIONS)
 
 
@@ -44,6 +53,9 @@ WRONG: list[tuple[str, str, Any, str]] = [
     ("extract", "sample.image_size", 8, "sample.image_size: 8"),
     ("extract", "sample.train_images", "many", "sample.train_images: 'many'"),
     ("extract", "sample.seed", -1, "sample.seed: -1"),
+    ("extract", "data.extra", "", "data.extra"),
+    ("retrain", "retrain.held_out", 1, "retrain.held_out: 1 is refused.*less than 1"),
+    ("retrain", "retrain.warmup_epochs", 4, "must be less than epochs"),
     ("preprocess", "preprocess.image_size", 0, "preprocess.image_size: 0"),
     ("preprocess", "preprocess.image_size", 64.5, "preprocess.image_size: 64.5"),
     ("preprocess", "preprocess.crop_mode", "centre", "preprocess.crop_mode: 'centre'.*'center', 'squash' or 'border'"),

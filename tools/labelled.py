@@ -1,0 +1,174 @@
+"""Labelled drifted images, from a person or simulated, as the archive that `data.extra` takes.
+
+The archive lies under `runtime.cache_dir` and is named by its content. It holds what the present `data.extra` added,
+too: what a model learned at an earlier drift is not given up at the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from stages.core.archive import LabelledFile, Limits, open_labelled
+from stages.core.corruptions import corrupt
+from stages.core.dataset import PROCESSED, load_meta, load_split
+from stages.core.download import file_hash
+from stages.core.errors import InputError
+from stages.core.image import check_is_image
+from stages.core.keyed import uniforms
+from stages.core.source import EXTRA_PREFIX, RAW, SPLITS, is_extra
+
+_SIMULATION_SEED = {"train": 1, "val": 2}  # what is held out gets other noise than what is trained on
+
+
+class LabelledImage(NamedTuple):
+    """An encoded image to be added."""
+
+    split: str  # train, or val: held out
+    class_name: str
+    file_name: str
+    read: Callable[[], bytes]
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """Images of one origin."""
+
+    origin: str  # what the user named
+    key: str  # 8 hex digits of the content: its images are <key>-<name> in the archive
+    images: list[LabelledImage]
+
+    def count(self, split: str) -> int:
+        """Images of a split."""
+        return sum(image.split == split for image in self.images)
+
+
+@dataclass(frozen=True)
+class Archive:
+    """The file that `data.extra` names."""
+
+    path: Path
+    sha256: str
+
+
+@contextmanager
+def open_folder(
+    path: Path, limits: Limits, scratch: Path, classes: list[str], held_out: float
+) -> Iterator[LabelledSet]:
+    """Labelled images of a folder or archive: `train/<class>/*`, `val/<class>/*` as they are, `<class>/*` split here.
+
+    Which side an image is on depends on its class and name only. Raises InputError for what `data.extra` refuses, and
+    when a side has no image.
+    """
+    if not path.exists():
+        raise InputError(f"--labels: {path}: no such file or folder")
+    with open_labelled(path, limits, scratch, classes) as files:
+        images = [
+            LabelledImage(_side(file, held_out) if split == "all" else split, *file[:2], file.member.read)
+            for split, some in files.items()
+            for file in some
+        ]
+        digest = hashlib.sha256()
+        for image in images:
+            name, content = f"{image.split}/{image.class_name}/{image.file_name}", image.read()
+            check_is_image(content, f"{path}: {name.removeprefix('' if 'all' not in files else f'{image.split}/')}")
+            digest.update(f"{name}\0".encode() + hashlib.sha256(content).digest())
+        labelled = LabelledSet(str(path), digest.hexdigest()[:8], images)
+        for split, purpose in zip(SPLITS, ("train on", "hold out"), strict=True):
+            if not labelled.count(split):
+                raise InputError(f"--labels: {path}: {len(images)} labelled images, none of them to {purpose}")
+        yield labelled
+
+
+def simulate(kind: str, severity: int, share: float) -> LabelledSet:
+    """The packed training images (`share` of them) and validation images, corrupted; those of `data.extra` left out."""
+    meta, names = load_meta(), json.loads((PROCESSED / "files.json").read_text())
+    images: list[LabelledImage] = []
+    for split in SPLITS:
+        pixels, labels = load_split(split, meta)
+        rows: NDArray[np.int64] = np.flatnonzero([not is_extra(name) for name in names[split]])
+        if split == "train" and share < 1:
+            rows = rows[uniforms(0, 0, rows, 1)[:, 0] < share]
+        images += [
+            LabelledImage(
+                split, meta.class_ids[labels[i]], f"{i:07d}.png", _corrupted(pixels, i, split, kind, severity)
+            )
+            for i in rows.tolist()
+        ]
+    key = hashlib.sha256(f"{kind} {severity} {share} {meta.sha256}".encode()).hexdigest()[:8]
+    labelled = LabelledSet(f"{kind}:{severity}", key, images)
+    if not labelled.count("train"):
+        raise InputError(f"params.yaml: retrain.simulated_share: {share} leaves no training image")
+    return labelled
+
+
+def _corrupted(pixels: NDArray[np.uint8], row: int, split: str, kind: str, severity: int) -> Callable[[], bytes]:
+    def read() -> bytes:
+        batch = corrupt(pixels[row : row + 1], kind, severity, np.array([row]), _SIMULATION_SEED[split])
+        buffer = io.BytesIO()
+        Image.fromarray(batch[0]).save(buffer, "PNG", compress_level=1)
+        return buffer.getvalue()
+
+    return read
+
+
+def current_extra() -> list[LabelledImage]:
+    """What `data.extra` added to data/raw."""
+    images: list[LabelledImage] = []
+    for split in SPLITS:
+        path = RAW / f"{split}.tar"
+        with tarfile.open(path, "r:") as tar:
+            for info in tar:
+                if is_extra(info.name):
+                    class_name, name = info.name.split("/")
+                    read = _range_reader(path, info.offset_data, info.size)
+                    images.append(LabelledImage(split, class_name, name.removeprefix(EXTRA_PREFIX), read))
+    return images
+
+
+def write_archive(labelled: LabelledSet, present: list[LabelledImage], folder: Path) -> Archive:
+    """Write `folder/labelled-<hash>.tar`, whole or not at all; the same images give the same bytes and name."""
+    new = [image._replace(file_name=f"{labelled.key}-{image.file_name}") for image in labelled.images]
+    by_name = {image[:3]: image for image in [*present, *new]}
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / ".labelled.new"
+    with temporary.open("wb") as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+            for name, image in sorted(by_name.items()):
+                content = image.read()
+                info = tarfile.TarInfo("/".join(name))
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+                tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every member otherwise
+        file.flush()
+        os.fsync(file.fileno())
+    sha256 = file_hash(temporary, "sha256")
+    path = folder / f"labelled-{sha256[:16]}.tar"
+    temporary.replace(path)
+    return Archive(path, sha256)
+
+
+def _side(file: LabelledFile, held_out: float) -> str:
+    number = int(hashlib.sha256(f"{file.class_name}/{file.file_name}".encode()).hexdigest()[:8], 16)
+    return "val" if number < held_out * 2**32 else "train"
+
+
+def _range_reader(path: Path, offset: int, size: int) -> Callable[[], bytes]:
+    def read() -> bytes:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    return read
