@@ -24,7 +24,7 @@ from stages.core.runtime import RuntimeParams
 
 METRICS = Path("metrics/drift.json")
 PLOTS = Path("plots/drift")
-FEWEST_IMAGES = 40  # clean ones that a detector can be made of
+FEWEST_IMAGES = 8  # clean ones that a detector can be made of
 CLEAN = "clean"
 
 

@@ -23,7 +23,7 @@ BIN = Path(sys.executable).parent
 # Overrides under which the whole pipeline takes seconds.
 TINY: dict[str, Any] = {
     "sample.train_images": 60,
-    "sample.val_images": 20,
+    "sample.val_images": 60,
     "sample.image_size": 32,
     "preprocess.image_size": 32,
     "model.name": "test_resnet",
@@ -35,6 +35,12 @@ TINY: dict[str, Any] = {
     "profile.timed_steps": 2,
     "profile.active": 2,
     "profile.profile_memory": True,
+    "drift.window_sizes": [4],
+    "drift.axes": 4,
+    "drift.null_windows": 99,
+    "drift.images_per_condition": 8,
+    "drift.fit_images": 8,
+    "drift.resplits": 2,
     "runtime.device": "cpu",
     "runtime.threads": 1,
     "runtime.workers": 0,

@@ -28,7 +28,7 @@ from stages.core.damage import (
 from stages.core.errors import InputError
 from stages.core.features import Features
 from stages.core.image import CropMode, Interpolation
-from stages.core.measures import Projection, measure, measure_groups, measure_names
+from stages.core.measures import Projection, measure, measure_names
 from stages.core.output import replace_directory, write_json
 from stages.core.params import Section
 from stages.core.recipe import Precision
@@ -50,6 +50,7 @@ from stages.core.window_test import (
 DETECTOR = Path("models/drift")
 Status = Literal["ok", "benign", "harmful"]
 LARGEST_SHARE = 0.25  # of the threshold images that a window may have
+_MATCHED_SHARE = 0.25  # of a window whose class mix has shifted, that must have its like among clean images
 SMALLEST_WINDOW = 2  # images that anything can be said of
 
 
@@ -92,9 +93,8 @@ class Judgement(NamedTuple):
     status: Status
     p_value: float
     num_tested: int  # images that the test compared
-    matched: bool  # compared with clean images of the same class mix, because that had shifted
     class_p_value: float
-    class_shift: bool
+    class_shift: bool  # then the images are compared with clean ones of the same class mix, where there are enough
     accuracy: float
     low: float  # 95 % interval
     high: float
@@ -138,15 +138,18 @@ class Detector:
         p_values: Values = (1 + len(null) - np.searchsorted(null, found - 1e-9, "left")) / (1 + len(null))
         return p_values
 
-    def matched_p_value(self, window: Population) -> tuple[float, int]:
-        """p-value against clean images of the window's own class mix, and the number of images compared."""
+    def matched_p_value(self, window: Population) -> tuple[float, int] | None:
+        """p-value against clean images of the window's own class mix, and the number of images compared.
+
+        None where the clean images have too few of these classes for most of the window.
+        """
         rng = np.random.default_rng([self.spec.seed, len(window), 2])
         kept, windows = matched_windows(window.classes, self.threshold.classes, self.spec.null_windows, rng)
-        if len(kept) < SMALLEST_WINDOW:
-            return 1.0, 0
+        if len(kept) < max(SMALLEST_WINDOW, _MATCHED_SHARE * len(window)):
+            return None
         some = window.rows(kept)
         weights = class_weights(some.classes, self.threshold.classes)
-        comparison = compare_with(self.threshold, measure_groups(self.projection), weights)
+        comparison = compare_with(self.threshold, self.projection, weights)
         calibrated = calibrate(evidence(comparison, self.threshold.values, windows, inside=True))
         found = evidence(comparison, some.values, np.arange(len(some))[None])
         return float(calibrated.p_values(found)[0]), len(some)
@@ -180,19 +183,17 @@ class Detector:
         found = evidence(self.comparison, tested.values, rows)
         class_p_value = float(self.class_p_values(tested.classes, rows)[0])
         shifted = class_p_value <= alpha
-        num_tested = len(tested)
-        if shifted:
-            p_value, num_tested = self.matched_p_value(tested)
-        else:
+        matched = self.matched_p_value(tested) if shifted else None
+        if matched is None:
             calibration = calibration or self.calibration(len(tested))
-            p_value = float(calibration.p_values(found)[0])
+            matched = float(calibration.p_values(found)[0]), len(tested)
+        p_value, num_tested = matched
         accuracy, low, high = self.estimate(features.logits, adapted)
         drop = self.spec.baselines.accuracy - accuracy
         return Judgement(
             status=verdict(p_value <= alpha, drop, self.spec.max_drop),
             p_value=p_value,
             num_tested=num_tested,
-            matched=shifted,
             class_p_value=class_p_value,
             class_shift=shifted,
             accuracy=accuracy,
@@ -233,7 +234,7 @@ def nearest_size(damage: Sequence[SizedDamage], size: int) -> SizedDamage:
 
 def build(spec: DetectorSpec, projection: Projection, threshold: Population) -> Detector:
     """A detector of its parts."""
-    return Detector(spec, projection, threshold, compare_with(threshold, measure_groups(projection)))
+    return Detector(spec, projection, threshold, compare_with(threshold, projection))
 
 
 def save(folder: Path, detector: Detector) -> None:

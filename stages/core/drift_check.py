@@ -20,7 +20,7 @@ from stages.core.damage import (
 )
 from stages.core.detector import LARGEST_SHARE, SMALLEST_WINDOW, Detector, SizedDamage, nearest_size
 from stages.core.features import Extractor, Features
-from stages.core.measures import Projection, fit_projection, measure, measure_groups
+from stages.core.measures import Projection, fit_projection, measure
 from stages.core.parallel import read_ahead
 from stages.core.window_test import (
     Calibration,
@@ -34,7 +34,7 @@ from stages.core.window_test import (
     squared_mmd,
 )
 
-REFERENCE_SHARE, THRESHOLD_SHARE = 0.2, 0.45  # of the clean images; the rest checks
+REFERENCE_SHARE, THRESHOLD_SHARE = 0.15, 0.425  # of the clean images; the rest checks
 CONTAMINATED_ALPHA = 0.05  # at which windows that are drifted in part are counted
 _NUM_WINDOWS = 100  # that a rate is taken over
 _ESTIMATED_IMAGES = 100  # at least, to check the estimate with
@@ -133,7 +133,7 @@ def false_alarms(
         projection = fit_projection(features.rows(parts.reference), num_axes)
         threshold = _population(features.rows(parts.threshold), projection)
         check = _population(features.rows(parts.check), projection)
-        comparison = compare_with(threshold, measure_groups(projection))
+        comparison = compare_with(threshold, projection)
         for size in sizes:
             null = draw_windows(len(threshold), size, num_windows, rng)
             calibration = calibrate(evidence(comparison, threshold.values, null, inside=True))

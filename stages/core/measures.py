@@ -11,11 +11,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
+from sklearn.covariance import ledoit_wolf
 
 from stages.core.features import Features
 from stages.core.image_statistics import STATISTICS
 
 OUTPUTS = ("confidence", "entropy", "energy")
+TESTED_GROUPS = ("image", "output", "embedding")
 _RIDGE = 1e-3  # share of the variances, added where a covariance is inverted
 _FLOOR = 1e-6
 
@@ -29,6 +31,7 @@ class Projection(NamedTuple):
     image_centre: NDArray[np.float64]  # (len(STATISTICS),)
     image_whitening: NDArray[np.float64]  # (len(STATISTICS), len(STATISTICS))
     ordered: NDArray[np.float64]  # (R, num_measures) sorted measures of the reference
+    precision: NDArray[np.float64]  # (num_measures, num_measures) inverse covariance of normal scores, by group
 
 
 def fit_projection(features: Features, num_axes: int) -> Projection:
@@ -41,10 +44,20 @@ def fit_projection(features: Features, num_axes: int) -> Projection:
     statistics = features.statistics.astype(np.float64)
     covariance = np.cov(statistics, rowvar=False)
     values, vectors = np.linalg.eigh(covariance + np.diag(_RIDGE * np.diag(covariance) + _FLOOR))
-    unranked = Projection(
-        centre, axes[:kept].T, deviations, statistics.mean(axis=0), vectors / np.sqrt(values), np.zeros((0, 0))
+    nothing = np.zeros((0, 0))
+    projection = Projection(
+        centre, axes[:kept].T, deviations, statistics.mean(axis=0), vectors / np.sqrt(values), nothing, nothing
     )
-    return unranked._replace(ordered=np.sort(_measures(features, unranked), axis=0))
+    projection = projection._replace(ordered=np.sort(_measures(features, projection), axis=0))
+    scores = measure(features, projection)
+    precision = np.zeros((scores.shape[1], scores.shape[1]))
+    for name in TESTED_GROUPS:
+        columns = measure_groups(projection)[name]
+        # Shrunk, since there may be fewer images than measures.
+        covariance, _ = ledoit_wolf(scores[:, columns])
+        size = columns.stop - columns.start
+        precision[columns, columns] = np.linalg.inv(covariance + _RIDGE * np.eye(size))
+    return projection._replace(precision=precision)
 
 
 def measure_names(projection: Projection) -> list[str]:

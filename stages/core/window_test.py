@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from stages.core.measures import TESTED_GROUPS, Projection, measure_groups
+
 Values = NDArray[np.float64]
 Indices = NDArray[np.int64]
 Evidence = dict[str, Values]  # by test, of each window (B,): larger for more drift
 
-TESTED_GROUPS = ("image", "output", "embedding")
-_RIDGE = 1e-2  # share of the variances, added where a covariance is inverted
 _CHUNK = 4_000_000  # values that are sorted at once
 _BANDWIDTH_IMAGES = 500
 
@@ -55,27 +55,24 @@ class Comparison:
     size: float  # effective number of images
 
 
-def compare_with(population: Population, groups: dict[str, slice], weights: Values | None = None) -> Comparison:
-    """Prepare a population for comparison, by default with equal weights."""
+def compare_with(population: Population, projection: Projection, weights: Values | None = None) -> Comparison:
+    """Prepare a population for comparison, by default with equal weights.
+
+    Nothing is fitted to the population: else its own windows would look more usual than fresh ones.
+    """
     values = population.values
     weights = np.full(len(values), 1 / len(values)) if weights is None else weights
-    mean: Values = weights @ values
-    precision: dict[str, Values] = {}
-    for name in TESTED_GROUPS:
-        deviations = values[:, groups[name]] - mean[groups[name]]
-        covariance = (deviations * weights[:, None]).T @ deviations
-        covariance += np.diag(_RIDGE * np.diag(covariance) + 1e-9)
-        precision[name] = np.linalg.inv(covariance).astype(np.float64)
     order = np.argsort(values, axis=0, kind="stable")
     cumulative = np.concatenate([np.zeros((1, values.shape[1])), np.cumsum(weights[order], axis=0)])
+    groups = measure_groups(projection)
     points = values[:, groups["axes"]]
     some = points[:_BANDWIDTH_IMAGES]
     bandwidth = float(np.median(_squared_distances(some, some))) or 1.0  # the median heuristic
     kernel = np.exp(-_squared_distances(points, points) / bandwidth)
     return Comparison(
         groups=groups,
-        mean=mean,
-        precision=precision,
+        mean=weights @ values,
+        precision={name: projection.precision[groups[name], groups[name]] for name in TESTED_GROUPS},
         ordered=np.take_along_axis(values, order, axis=0),
         cumulative=cumulative,
         points=points,

@@ -1,0 +1,73 @@
+"""The drift stage: what it writes, that it repeats, and that a model of other classes is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from stages import drift
+from stages.core import detector as detectors
+from stages.core.corruptions import FAMILIES, SEVERITIES
+from stages.core.errors import InputError
+from stages.core.params import load_params
+from tests.helpers import files, set_params
+
+
+def test_it_reports_every_condition_and_saves_a_detector_that_loads(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(repository)
+    metrics = json.loads(Path("metrics/drift.json").read_text())
+    assert metrics["num_conditions"] == 75
+    assert set(metrics["detection"]) == {"4"}
+    assert 0 <= metrics["false_alarms"]["4"]["mean"] <= metrics["false_alarms"]["4"]["worst"] <= 1
+    rows = list(csv.DictReader(Path("plots/drift/severity.csv").read_text().splitlines()))
+    assert {(row["kind"], int(row["severity"])) for row in rows} == {(k, s) for k in FAMILIES for s in SEVERITIES}
+    for name in ("severity", "power", "estimates", "corruptions"):
+        with Image.open(f"plots/drift/{name}.png") as picture:
+            picture.load()
+    detector = detectors.load()
+    assert detector.spec.alpha == metrics["alpha"]
+    assert detector.spec.adapts
+    assert [sized.window for sized in detector.spec.damage] == [4]
+
+
+def test_it_repeats_to_the_bit(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repository)
+    before = files(Path("models/drift"), Path("plots/drift")) | {"metrics": Path("metrics/drift.json").read_bytes()}
+    drift.main(load_params(drift.Params))
+    after = files(Path("models/drift"), Path("plots/drift")) | {"metrics": Path("metrics/drift.json").read_bytes()}
+    assert after == before
+
+
+def test_a_model_of_other_classes_is_refused_and_nothing_is_written(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(repository)
+    spec = json.loads(Path("models/classifier/model.json").read_text())
+    spec["class_ids"][0] = "other"
+    Path("models/classifier/model.json").write_text(json.dumps(spec))
+    before = files(Path("models/drift"))
+    with pytest.raises(InputError, match="other classes"):
+        drift.main(load_params(drift.Params))
+    assert files(Path("models/drift")) == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("drift.window_sizes", [50, 10], "the smallest first"),
+        ("drift.alpha", 0.5, "less than or equal to 0.2"),
+        ("drift.max_drop", 0, "greater than 0"),
+        ("drift.null_windows", 10, "greater than or equal to 99"),
+        ("drift.contamination", [1.5], "less than or equal to 1"),
+    ],
+)
+def test_wrong_params_are_refused_by_name(workspace: Path, key: str, value: object, message: str) -> None:
+    set_params(workspace / "params.yaml", {key: value})
+    with pytest.raises(InputError, match=f"{key}.*{message}"):
+        load_params(drift.Params)

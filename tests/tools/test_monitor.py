@@ -1,0 +1,182 @@
+"""The monitor as a person runs it: verdicts and exit status, pages, streams, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from stages.core.corruptions import corrupt
+from stages.core.errors import InputError
+from tests.helpers import encoded, run, start, truncated, wait_until
+from tools import monitor
+
+
+@pytest.fixture
+def production(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The repository as working directory, and a folder of clean images of any size."""
+    monkeypatch.chdir(repository)
+    folder = tmp_path / "production"
+    folder.mkdir()
+    save(folder, np.load("data/processed/val_images.npy")[::5])
+    return folder
+
+
+def save(folder: Path, images: NDArray[np.uint8]) -> None:
+    for number, image in enumerate(images):
+        side = 32 + 8 * (number % 3)
+        Image.fromarray(image).resize((side, side)).save(folder / f"{number:03}.png")
+
+
+def noisy(count: int) -> NDArray[np.uint8]:
+    images = np.load("data/processed/val_images.npy")[:count]
+    return corrupt(images, "impulse_noise", 5, np.arange(count))
+
+
+def test_drifted_images_raise_an_alarm_and_say_what_moved(production: Path, tmp_path: Path) -> None:
+    drifted = tmp_path / "drifted"
+    drifted.mkdir()
+    for number, image in enumerate(noisy(12)):
+        Image.fromarray(image).save(drifted / f"{number}.png")
+    status = monitor.main([str(drifted), "--json", str(tmp_path / "r.json"), "--html", str(tmp_path / "r.html")])
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["status"] in ("benign", "harmful")
+    assert status == monitor.EXIT_STATUS[report["status"]]
+    assert report["p_value"] <= report["alpha"]
+    assert report["num_images"] == 12
+    assert {row["measure"] for row in report["moved"]} & {"noise", "colour_noise", "speckles", "image_distance"}
+    assert report["interval"][0] <= report["estimated_accuracy"] <= report["interval"][1]
+    assert (tmp_path / "r.html").read_text().count("data:image/jpeg;base64") == 12
+
+
+def test_clean_images_do_not(production: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "clean.npy"
+    np.save(packed, np.load("data/processed/val_images.npy")[1::9])
+    assert monitor.main([str(packed)]) == 0
+
+
+def test_the_exit_status_reaches_the_shell(production: Path, repository: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "noise.npy", noisy(12))
+    ended = run(repository, "python", "-m", "tools.monitor", str(tmp_path / "noise.npy"), check=False)
+    assert ended.returncode in (10, 20), ended.stderr
+    assert "estimated accuracy" in ended.stdout
+
+
+def test_a_corrupt_file_among_good_ones_is_left_out_by_name(production: Path, tmp_path: Path) -> None:
+    (production / "bad.jpg").write_bytes(truncated(encoded(Image.new("RGB", (64, 64), "red"))))
+    archive = tmp_path / "all.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(production, "images")
+    for place in (production, archive):
+        monitor.main([str(place), "--json", str(tmp_path / "r.json")])
+        report = json.loads((tmp_path / "r.json").read_text())
+        assert report["num_images"] == 12
+        assert len(report["skipped"]) == 1
+        assert "bad.jpg" in report["skipped"][0]["path"]
+        assert "decoded" in report["skipped"][0]["reason"]
+
+
+def test_more_images_than_can_be_tested_are_thinned(production: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "all.npy", np.load("data/processed/val_images.npy"))
+    monitor.main([str(tmp_path / "all.npy"), "--json", str(tmp_path / "r.json")])
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["num_images"] == 60
+    assert report["num_tested"] < 60
+
+
+def test_constant_images_are_judged(production: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "grey.npy", np.full((8, 40, 30, 3), 127, dtype=np.uint8))
+    assert monitor.main([str(tmp_path / "grey.npy")]) in (10, 20)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("nothing", None, "no such file"),
+        ("empty", {}, "no images in it"),
+        ("one", {"a.png": b"good"}, "1 readable image; nothing can be said"),
+        ("broken", {"a.png": b"bad", "b.jpg": b"bad"}, "0 readable images.*a.png"),
+        ("words.txt", b"words", "no image, folder, or archive"),
+    ],
+)
+def test_what_nothing_can_be_said_of_is_refused(
+    name: str, content: dict[str, bytes] | bytes | None, message: str, production: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / name
+    if isinstance(content, bytes):
+        place.write_bytes(content)
+    elif content is not None:
+        place.mkdir()
+        good = encoded(Image.new("RGB", (40, 40), "red"), "PNG")
+        for file, kind in content.items():
+            (place / file).write_bytes(good if kind == b"good" else kind)
+    with pytest.raises(InputError, match=f"(?s){name}.*{message}"):
+        monitor.main([str(place)])
+
+
+def test_a_detector_of_another_class_set_or_none_is_refused(production: Path) -> None:
+    spec = json.loads(Path("models/classifier/model.json").read_text())
+    spec["class_ids"] = spec["class_ids"][::-1]
+    Path("models/classifier/model.json").write_text(json.dumps(spec))
+    with pytest.raises(InputError, match="was calibrated for 10 classes"):
+        monitor.main([str(production)])
+    shutil.rmtree("models/drift")
+    with pytest.raises(InputError, match="detector.json: not found; run `dvc repro drift`"):
+        monitor.main([str(production)])
+
+
+def test_a_stream_of_paths_is_judged_window_by_window(
+    production: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drifted = tmp_path / "drifted"
+    drifted.mkdir()
+    for number, image in enumerate(noisy(8)):
+        Image.fromarray(image).save(drifted / f"{number}.png")
+    (tmp_path / "paths").write_text(
+        "".join(f"{path}\n" for path in [*sorted(production.iterdir())[:4], *drifted.iterdir()])
+    )
+    with (tmp_path / "paths").open() as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        status = monitor.main(["-", "--stream", "--window", "4", "--run-length", "400"])
+    said = capsys.readouterr().out
+    assert "alpha 0.01" in said
+    assert said.count("\nwindow ") == 3
+    assert status in (10, 20)
+    assert "window 3" in said.splitlines()[-1]
+    assert ": ok" not in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--window", "1000"], "--window: 1000; this detector can test windows of 2 to"),
+        (["--window", "4", "--run-length", "5"], "--run-length: 5 images must be at least two windows"),
+    ],
+)
+def test_a_stream_that_cannot_be_calibrated_is_refused(options: list[str], message: str, production: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        monitor.main([str(production), "--stream", *options])
+
+
+def test_a_growing_folder_is_watched(production: Path, repository: Path, tmp_path: Path) -> None:
+    growing = tmp_path / "growing"
+    growing.mkdir()
+    log = tmp_path / "log"
+    command = f"python -u -m tools.monitor {growing} --stream --window 4 --run-length 400 --idle 15 > {log} 2>&1"
+    process = start(repository, "bash", "-c", command)
+    wait_until(lambda: log.exists() and "windows of 4" in log.read_text())
+    files = sorted(production.iterdir())
+    for path in files[:4]:
+        shutil.copy(path, growing)
+    wait_until(lambda: "window 1" in log.read_text())
+    for path in files[4:8]:
+        shutil.copy(path, growing)
+    wait_until(lambda: "window 2" in log.read_text())
+    process.send_signal(2)
+    assert process.wait(60) in (0, 10, 20, 130)

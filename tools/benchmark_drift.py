@@ -1,0 +1,187 @@
+"""What the drift stage does not measure: harmless changes, label shift, the stream, and the monitor's time.
+
+    python -m tools.benchmark_drift
+
+It needs a pipeline that has run: the classifier, the detector and the packed images of this folder. The check images,
+which the detector has not seen, stand for production. Prints a table in Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from stages.core.corruptions import STANDARD_KINDS, corrupt
+from stages.core.dataset import load_meta, load_split
+from stages.core.detector import Detector
+from stages.core.drift_check import split
+from stages.core.errors import run_main
+from stages.core.features import Extractor
+from stages.core.measures import fit_projection, measure
+from stages.core.params import load_params
+from stages.core.window_test import Population, calibrate, compare_with, draw_windows, evidence
+from stages.drift import Params
+from tools.monitor import open_detector
+from tools.monitor_stream import null_windows
+
+Pixels = NDArray[np.uint8]
+_STREAM_WINDOW, _RUN_LENGTH = 25, 10_000
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m tools.benchmark_drift", description=__doc__)
+    parser.add_argument("--resplits", type=int, default=20, help="of the clean images, for the stream (20)")
+    options = parser.parse_args(arguments)
+    params = load_params(Params)
+    detector, extractor = open_detector(Path("models/drift"), Path("models/classifier"), params.runtime)
+    images, labels = load_split("val", load_meta())
+    check = split(len(labels), np.random.default_rng(params.drift.seed)).check
+    rows = [
+        *_harmless(images, check, detector, extractor),
+        *_label_shift(images, labels, check, detector, extractor),
+        *_stream(images, labels, check, detector, extractor, params, options.resplits),
+        *_monitor_time(images, check),
+    ]
+    print("| what | measured |\n|---|---|")
+    for name, value in rows:
+        print(f"| {name} | {value} |")
+
+
+def _harmless(
+    images: Pixels, check: NDArray[np.int64], detector: Detector, extractor: Extractor
+) -> Iterator[tuple[str, str]]:
+    """Verdicts on windows that no person would call drifted."""
+    changes: dict[str, Callable[[Pixels], Pixels]] = {
+        "unchanged": lambda pixels: pixels,
+        "JPEG, quality 90": lambda pixels: np.stack([_encoded(image, "JPEG", quality=90) for image in pixels]),
+        "mirrored": lambda pixels: np.ascontiguousarray(pixels[:, :, ::-1]),
+        "another resize filter": lambda pixels: np.stack([_resampled(image) for image in pixels]),
+    }
+    size = min(200, detector.largest_window)
+    for name, change in changes.items():
+        said = []
+        for start in range(0, len(check) - size + 1, size):
+            pixels = change(images[check[start : start + size]])
+            judged = detector.judge(extractor.features(pixels), extractor.adapted_logits(pixels, size))
+            said.append(judged.status)
+        counts = ", ".join(f"{said.count(status)} {status}" for status in ("ok", "benign", "harmful") if status in said)
+        yield f"{name}: {len(said)} windows of {size}", counts
+
+
+def _label_shift(
+    images: Pixels, labels: NDArray[np.int64], check: NDArray[np.int64], detector: Detector, extractor: Extractor
+) -> Iterator[tuple[str, str]]:
+    """Verdicts on a stream that is sorted by class."""
+    size = min(50, detector.largest_window)
+    ordered = check[np.argsort(labels[check], kind="stable")]
+    drifted, shifted, count = 0, 0, 0
+    for start in range(0, len(ordered) - size + 1, size):
+        pixels = images[ordered[start : start + size]]
+        judged = detector.judge(extractor.features(pixels), extractor.adapted_logits(pixels, size))
+        drifted, shifted, count = drifted + (judged.status != "ok"), shifted + judged.class_shift, count + 1
+    yield f"sorted by class: {count} windows of {size}", f"{shifted} label shift, {drifted} image drift"
+
+
+def _stream(
+    images: Pixels,
+    labels: NDArray[np.int64],
+    check: NDArray[np.int64],
+    detector: Detector,
+    extractor: Extractor,
+    params: Params,
+    resplits: int,
+) -> Iterator[tuple[str, str]]:
+    """Run length to a false alarm over re-splits, and delay to an alarm on harmful drift."""
+    size, alpha = _STREAM_WINDOW, _STREAM_WINDOW / _RUN_LENGTH
+    if size > detector.largest_window:
+        return
+    clean = extractor.features(images)
+    alarms, num_windows = 0, 0
+    for number in range(resplits):
+        rng = np.random.default_rng([params.drift.seed, number, 7])
+        parts = split(len(labels), rng)
+        projection = fit_projection(clean.rows(parts.reference), params.drift.axes)
+        threshold = measure(clean.rows(parts.threshold), projection)
+        population = Population(threshold, np.zeros(len(threshold), dtype=np.int64))
+        comparison = compare_with(population, projection)
+        null = draw_windows(len(threshold), size, null_windows(alpha), rng)
+        calibration = calibrate(evidence(comparison, threshold, null, inside=True))
+        fresh = measure(clean.rows(parts.check), projection)
+        found = evidence(comparison, fresh, draw_windows(len(fresh), size, 4000, rng))
+        alarms += int((calibration.p_values(found) <= alpha).sum())
+        num_windows += 4000
+    length = num_windows * size / max(alarms, 1)
+    yield (
+        f"images to a false alarm, {_RUN_LENGTH:,} asked for, {resplits} re-splits",
+        f"{length:,.0f} ({alarms} alarms in {num_windows * size:,} images)",
+    )
+    delays = []
+    calibration = detector.calibration(size, null_windows(alpha))
+    before = measure(clean.rows(check), detector.projection)
+    accuracy = float((clean.logits[check].argmax(axis=1) == labels[check]).mean())
+    for kind in STANDARD_KINDS:
+        for severity in (3, 4, 5):
+            some = check[:400]
+            features = extractor.features(corrupt(images[some], kind, severity, some, params.drift.seed))
+            if accuracy - float((features.logits.argmax(axis=1) == labels[some]).mean()) <= detector.spec.max_drop:
+                continue
+            values = np.concatenate([before, measure(features, detector.projection)])
+            rng = np.random.default_rng([params.drift.seed, severity])
+            for trial in range(20):
+                clean_part = rng.choice(len(before), size, replace=False)
+                drifted_part = len(before) + rng.choice(len(some), 4 * size, replace=False)
+                onset = trial % size  # images of the first window that came before the drift
+                stream = np.concatenate([clean_part[:onset], drifted_part])
+                windows = stream[: len(stream) // size * size].reshape(-1, size)
+                p_values = calibration.p_values(evidence(detector.comparison, values, windows))
+                alarm = int((p_values <= alpha).argmax()) if (p_values <= alpha).any() else len(windows)
+                delays.append((alarm + 1) * size - onset)
+    yield (
+        f"images from the onset of harmful drift (severity 3 to 5) to the alarm, {len(delays)} streams",
+        f"median {np.median(delays):.0f}, 90 % within {np.quantile(delays, 0.9):.0f}, longest {max(delays)}",
+    )
+
+
+def _monitor_time(images: Pixels, check: NDArray[np.int64]) -> Iterator[tuple[str, str]]:
+    """The whole command on 200 JPEG files."""
+    with tempfile.TemporaryDirectory() as folder:
+        for row in check[:200]:
+            Image.fromarray(np.array(images[row])).save(Path(folder) / f"{row}.jpg", quality=95)
+        command = [sys.executable, "-m", "tools.monitor", folder, "--html", f"{folder}/report.html"]
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            subprocess.run(command, stdout=subprocess.DEVNULL, check=False)  # noqa: S603  # our own
+            seconds.append(time.perf_counter() - start)
+    yield (
+        f"the monitor on {min(200, len(check))} images, imports and page included",
+        f"{min(seconds):.1f} s (best of 3)",
+    )
+
+
+def _encoded(image: Pixels, kind: str, **options: int) -> Pixels:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, kind, **options)
+    return np.asarray(Image.open(buffer))
+
+
+def _resampled(image: Pixels) -> Pixels:
+    """As if a larger original had been made smaller with another filter."""
+    height, width = image.shape[:2]
+    larger = Image.fromarray(image).resize((width * 3 // 2, height * 3 // 2), Image.Resampling.BICUBIC)
+    return np.asarray(larger.resize((width, height), Image.Resampling.LANCZOS))
+
+
+if __name__ == "__main__":
+    run_main(main, "benchmark_drift")
