@@ -91,8 +91,8 @@ def _clone(root: Path, clone: Path) -> None:
     with (clone / "params.yaml").open("w") as file:
         yaml.dump(document, file)
     _run(clone, *_dvc("repro"), quiet=False)
-    if _run(clone, "git", "status", "--porcelain", "--untracked-files=no"):
-        _run(clone, "git", "commit", "--quiet", "--all", "--message", "As made here")
+    _run(clone, "git", "add", "--all")
+    _run(clone, "git", "commit", "--quiet", "--allow-empty", "--message", "As made here")
 
 
 def _write_images(folder: Path, params: SampleParams, kind: str, severity: int) -> None:

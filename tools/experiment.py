@@ -70,6 +70,8 @@ def check_repository() -> str:
     if changed := _changed_files():
         more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise InputError(f"changes that are not committed: {', '.join(changed[:5])}{more}; commit or stash them first")
+    if untracked := _untracked_results():
+        raise InputError(f"results that git does not track yet: {', '.join(untracked[:5])}; commit them first")
     stale = set(json.loads(_dvc("status", "--json"))) - {"profile"}  # its times belong to a machine, not to a commit
     if stale:
         raise InputError(
@@ -83,6 +85,14 @@ def _changed_files() -> list[str]:
     """Tracked files that differ from HEAD. Untracked ones are no part of an experiment and are left alone."""
     lines = _git("status", "--porcelain", "-z", "--untracked-files=no", "--no-renames", strip=False).split("\0")
     return sorted(line[3:] for line in lines if line)
+
+
+def _untracked_results() -> list[str]:
+    """Outputs of the pipeline that lie in the workspace untracked: a promotion would have to overwrite them."""
+    lock = YAML(typ="safe", pure=True).load(Path("dvc.lock")) if Path("dvc.lock").exists() else {"stages": {}}
+    outputs = {out["path"] for stage in lock["stages"].values() for out in stage.get("outs", ())}
+    untracked = _git("ls-files", "--others", "--exclude-standard", "-z", strip=False).split("\0")
+    return sorted(outputs.intersection(untracked))
 
 
 def _take_back_overrides() -> None:
@@ -186,6 +196,11 @@ def promote(head: str, experiment: str, message: str, facts: dict[str, Any]) -> 
     if moved or changed:
         what = "HEAD moved" if moved else f"{', '.join(changed[:5])} changed"
         raise ExperimentError(f"{what} while the experiment ran; commit or undo that, and run the same command again")
+    added = _git("diff", "--name-only", "--no-renames", "--diff-filter=A", "-z", head, experiment, strip=False)
+    if in_the_way := [name for name in added.split("\0") if name and Path(name).exists()]:
+        raise ExperimentError(
+            f"{', '.join(in_the_way[:5])}: not tracked by git, and in the way; move it and run this again"
+        )
     tree = _git("rev-parse", f"{experiment}^{{tree}}")
     commit = _git("commit-tree", tree, "-p", head, "-m", message)
     _STATE.mkdir(parents=True, exist_ok=True)

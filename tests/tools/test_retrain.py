@@ -201,6 +201,14 @@ def test_changes_that_are_not_committed_are_refused_by_name(repository: Path, tm
     assert result.returncode == 2
     assert result.stderr == "retrain: error: changes that are not committed: params.yaml; commit or stash them first\n"
     assert state(repository) == before
+    run(repository, "git", "checkout", "-q", "params.yaml")
+    run(repository, "git", "rm", "-q", "--cached", "metrics/evaluate.json")
+    run(repository, "git", "commit", "-qm", "forgotten")
+    result = run(repository, *retrain_command(labels, labels), check=False)
+    assert result.returncode == 2
+    assert "results that git does not track yet: metrics/evaluate.json; commit them first" in result.stderr
+    run(repository, "git", "add", "metrics")
+    set_params(repository / "params.yaml", {"train.epochs": 3})
     run(repository, "git", "commit", "-qam", "not run")
     result = run(repository, *retrain_command(labels, labels), check=False)
     assert result.returncode == 2
@@ -294,6 +302,15 @@ def test_nothing_is_promoted_over_work_that_was_done_meanwhile(
     run(repository, "git", "commit", "-qam", "work")
     with pytest.raises(experiment.ExperimentError, match="HEAD moved while the experiment ran"):
         experiment.promote(head, head, "message", {"experiment": "retrain-x"})
+    (repository / "new.txt").write_text("mine")
+    head = run(repository, "git", "rev-parse", "HEAD").stdout.strip()
+    run(repository, "git", "add", "new.txt")
+    run(repository, "git", "commit", "-qm", "experiment")
+    added = run(repository, "git", "rev-parse", "HEAD").stdout.strip()
+    run(repository, "git", "reset", "-q", head)
+    with pytest.raises(experiment.ExperimentError, match=r"new\.txt: not tracked by git, and in the way"):
+        experiment.promote(head, added, "message", {"experiment": "retrain-x"})
+    assert experiment.finish_promotion() is None
 
 
 # --- the whole loop -----------------------------------------------------------------------------------------------
