@@ -24,7 +24,7 @@ from stages.core.runtime import RuntimeParams
 
 METRICS = Path("metrics/drift.json")
 PLOTS = Path("plots/drift")
-FEWEST_IMAGES = 8  # clean ones that a detector can be made of
+FEWEST_IMAGES = 20  # clean ones that a detector can be made of
 CLEAN = "clean"
 
 
@@ -64,7 +64,7 @@ def main(params: Params) -> None:
 
     from stages.core import detector as detectors
     from stages.core import device, drift_check, drift_figures, drift_summary, model, precision
-    from stages.core.damage import fit_baselines
+    from stages.core.damage import class_accuracies, fit_baselines
     from stages.core.dataset import load_meta, load_split
     from stages.core.drift_check import Condition
     from stages.core.features import Extractor
@@ -119,6 +119,7 @@ def main(params: Params) -> None:
                 null_windows=knobs.null_windows,
                 seed=knobs.seed,
                 baselines=fit_baselines(clean.logits[known], labels[known]),
+                class_accuracy=class_accuracies(clean.logits[known], labels[known]),
                 damage=[sized for sized, _ in fits.values()],
                 adapts=drifted[0].adapted[sizes[0]] is not None,
             ),

@@ -57,6 +57,15 @@ def fit_baselines(logits: Logits, labels: NDArray[np.int64]) -> Baselines:
     )
 
 
+def class_accuracies(logits: Logits, labels: NDArray[np.int64]) -> list[float]:
+    """Share of the images predicted as each class that are right; drawn to the mean as one more image would do."""
+    predicted, right = logits.argmax(axis=1), logits.argmax(axis=1) == labels
+    counts = np.bincount(predicted, minlength=logits.shape[1])
+    hits = np.bincount(predicted[right], minlength=logits.shape[1])
+    shares: list[float] = ((hits + right.mean()) / (counts + 1)).tolist()
+    return shares
+
+
 def baseline_estimates(logits: Logits, baselines: Baselines) -> dict[str, float]:
     """Estimated accuracy of a window (N, num_classes) by each baseline."""
     confidences, certainties = _confidences(logits, baselines.temperature)

@@ -33,12 +33,8 @@ def summary(
             str(size): {"mean": rates.mean, "worst": rates.worst, "resplits": len(rates.rates)}
             for size, rates in alarms.items()
         },
-        "detection": {
-            str(size): _mean([one.detected[size] for one in standard if size in one.detected]) for size in alarms
-        },
-        "detection_of_harmful": {
-            str(size): _mean([one.detected[size] for one in harmful if size in one.detected]) for size in alarms
-        },
+        "detection": _detection(standard, alarms),
+        "detection_of_harmful": _detection(harmful, alarms),
         "detection_of_contaminated": {
             f"{share:.2f}": _mean([one.contaminated[share] for one in standard if share in one.contaminated])
             for share in shares

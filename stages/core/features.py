@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,8 @@ LARGEST_GROUP = 256  # images that are adapted to together
 _THINNED_SIDE = 16  # of a feature map, in pixels, from which on a quarter of it is enough for its statistics
 
 
-class Features(NamedTuple):
+@dataclass(frozen=True)
+class Features:
     """Of N images, float32."""
 
     logits: NDArray[np.float32]  # (N, num_classes)
@@ -37,7 +38,7 @@ class Features(NamedTuple):
 
     def rows(self, indices: NDArray[np.int64]) -> Features:
         """The features of some of the images."""
-        return Features(*(values[indices] for values in self))
+        return Features(self.logits[indices], self.embedding[indices], self.statistics[indices])
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,9 @@ class Extractor:
         Their statistics are those of the group, with the training set's as a prior (Schneider et al. 2020, "Improving
         robustness against common corruptions by covariate shift adaptation"). None of a model without batch norms.
         """
-        norms = [module for module in self.network.modules() if isinstance(module, _BatchNorm)]
-        if not any(norm.track_running_stats for norm in norms):
+        modules = (module for module in self.network.modules() if isinstance(module, _BatchNorm))
+        norms = [module for module in modules if module.running_mean is not None]
+        if not norms:
             return None
         logits = []
         group = min(group, LARGEST_GROUP)

@@ -35,7 +35,7 @@ class Projection(NamedTuple):
 
 
 def fit_projection(features: Features, num_axes: int) -> Projection:
-    """Fit to at least eight reference images; a quarter as many axes as images at most."""
+    """Fit to at least two reference images; a quarter as many axes as images at most."""
     embedding = features.embedding.astype(np.float64)
     centre = embedding.mean(axis=0)
     _, singular, axes = np.linalg.svd(embedding - centre, full_matrices=False)

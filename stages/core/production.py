@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import lzma
+import os
 import tarfile
 import zipfile
 import zlib
@@ -18,6 +20,8 @@ from PIL import Image
 from stages.core.errors import InputError
 from stages.core.image import CropMode, Interpolation, decode
 
+# What reading a damaged, encrypted or exotic archive raises.
+_DAMAGED = (OSError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 _LARGEST_FILE = 200_000_000  # bytes
 
@@ -58,12 +62,13 @@ def read_images(files: Iterable[ImageFile], size: int, crop_mode: CropMode, inte
     """Decode images to squares of `size` as preprocess does; what cannot be read is listed and left out."""
     images, names, skipped = [], [], []
     for file in files:
+        name = os.fsencode(file.name).decode("utf-8", "replace")  # a file may have any bytes as its name
         try:
-            images.append(decode(file.read(), file.name, size, crop_mode, interpolation))
-        except (InputError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            skipped.append((file.name, str(error).removeprefix(f"{file.name}: ")))
+            images.append(decode(file.read(), name, size, crop_mode, interpolation))
+        except (InputError, *_DAMAGED) as error:
+            skipped.append((name, str(error).removeprefix(f"{name}: ")))
         else:
-            names.append(file.name)
+            names.append(name)
     pixels = np.stack(images) if images else np.zeros((0, size, size, 3), dtype=np.uint8)
     return Window(pixels, names, skipped)
 
@@ -131,7 +136,7 @@ def _tarred(path: Path) -> list[ImageFile]:
                     file = tar.extractfile(info)
                     assert file is not None
                     members[info.name] = file.read()
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+    except (tarfile.TarError, *_DAMAGED) as error:
         raise InputError(f"{path}: no image, folder, or archive that can be read: {error}") from None
     return [ImageFile(f"{path}:{name}", partial(_content, members, name)) for name in sorted(members)]
 

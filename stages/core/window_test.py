@@ -9,7 +9,6 @@ the tests cost power at most: the false-alarm rate is that of the resampling.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +20,12 @@ Values = NDArray[np.float64]
 Indices = NDArray[np.int64]
 Evidence = dict[str, Values]  # by test, of each window (B,): larger for more drift
 
-_CHUNK = 4_000_000  # values that are sorted at once
+_CHUNK = 4_000_000  # numbers that are drawn or sorted at once
 _BANDWIDTH_IMAGES = 500
 
 
-class Population(NamedTuple):
+@dataclass(frozen=True)
+class Population:
     """Images by their measures (N, num_measures) and by the class that the model predicts (N,)."""
 
     values: Values
@@ -91,7 +91,8 @@ def evidence(comparison: Comparison, values: Values, windows: Indices, inside: b
     """
     size = windows.shape[1]
     stretch = comparison.size / (comparison.size - size) if inside else 1.0
-    effective = size * comparison.size / (size + comparison.size)
+    others = comparison.size - size if inside else comparison.size
+    effective = size * others / (size + others)
     root = np.sqrt(effective)
     distances, means = _distances_and_means(comparison, values, windows)
     # Stephens' form of the asymptotic distribution, good from a handful of images on.
@@ -131,7 +132,9 @@ def calibrate(found: Evidence) -> Calibration:
 
 def draw_windows(num_images: int, size: int, count: int, rng: np.random.Generator) -> Indices:
     """`count` windows of `size` different images each: indices (count, size)."""
-    return np.argpartition(rng.random((count, num_images), dtype=np.float32), size - 1, axis=1)[:, :size]
+    step = max(1, _CHUNK // num_images)
+    parts = [rng.random((min(step, count - start), num_images), dtype=np.float32) for start in range(0, count, step)]
+    return np.concatenate([np.argpartition(part, size - 1, axis=1)[:, :size] for part in parts])
 
 
 def matched_windows(classes: Indices, pool: Indices, count: int, rng: np.random.Generator) -> tuple[Indices, Indices]:
@@ -162,9 +165,9 @@ def class_weights(classes: Indices, pool: Indices) -> Values:
 
 
 def class_shift(counts: Indices, expected: Values) -> Values:
-    """Likelihood-ratio statistic (G) of class counts (B, num_classes) against expected shares (num_classes,)."""
-    totals = counts.sum(axis=1, keepdims=True)
-    ratio = np.where(counts > 0, counts / (totals * np.maximum(expected, 1e-9)), 1.0)
+    """Likelihood-ratio statistic (G) of class counts (B, num_classes) against expected ones, of any sum: (B,)."""
+    shares = expected / expected.sum(axis=1, keepdims=True)
+    ratio = np.where(counts > 0, counts / (counts.sum(axis=1, keepdims=True) * np.maximum(shares, 1e-9)), 1.0)
     statistic: Values = 2 * (counts * np.log(ratio)).sum(axis=1)
     return statistic
 
@@ -172,12 +175,12 @@ def class_shift(counts: Indices, expected: Values) -> Values:
 def _distances_and_means(comparison: Comparison, values: Values, windows: Indices) -> tuple[Values, Values]:
     """Kolmogorov-Smirnov distance and mean of every measure of every window: twice (B, num_measures)."""
     size, num_measures = windows.shape[1], values.shape[1]
-    below = np.empty(values.shape, dtype=np.float32)  # weight of the population below each value
+    # Weight of the population below each value, and up to it: they differ where values are tied.
+    below, up_to = np.empty(values.shape, dtype=np.float32), np.empty(values.shape, dtype=np.float32)
     for column in range(num_measures):
         ordered, cumulative = comparison.ordered[:, column], comparison.cumulative[:, column]
-        low = np.searchsorted(ordered, values[:, column], "left")
-        high = np.searchsorted(ordered, values[:, column], "right")
-        below[:, column] = (cumulative[low] + cumulative[high]) / 2
+        below[:, column] = cumulative[np.searchsorted(ordered, values[:, column], "left")]
+        up_to[:, column] = cumulative[np.searchsorted(ordered, values[:, column], "right")]
     distances = np.empty((len(windows), num_measures))
     means = np.empty((len(windows), num_measures))
     ranks = (np.arange(1, size + 1, dtype=np.float32) / size)[None, :, None]
@@ -185,9 +188,8 @@ def _distances_and_means(comparison: Comparison, values: Values, windows: Indice
     for start in range(0, len(windows), step):
         some = windows[start : start + step]
         means[start : start + step] = values[some].mean(axis=1)
-        shares = np.sort(below[some], axis=1)
-        above = (ranks - shares).max(axis=1)
-        under = (shares - (ranks - np.float32(1 / size))).max(axis=1)
+        above = (ranks - np.sort(up_to[some], axis=1)).max(axis=1)
+        under = (np.sort(below[some], axis=1) - (ranks - np.float32(1 / size))).max(axis=1)
         distances[start : start + step] = np.maximum(above, under)
     return distances, means
 
@@ -218,6 +220,8 @@ def _combine(found: Evidence, moments: dict[str, tuple[float, float]]) -> Values
     for name, values in found.items():
         if name in moments:
             mean, variance = moments[name]
+            if mean <= 0:  # constant in the population, and so no test
+                continue
             total += np.minimum(-stats.gamma.logsf(values, mean**2 / variance, scale=variance / mean), 1e6)
         else:
             total += values
