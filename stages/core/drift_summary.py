@@ -135,26 +135,29 @@ def _coverage(standard: Sequence[Measured]) -> dict[str, float]:
 def _decisions(
     standard: Sequence[Measured], clean_accuracy: float, max_drop: float, known_accuracy: float
 ) -> dict[str, dict[str, float]]:
-    """Harmful against benign, by window size; the truth is the condition's accuracy on all its images."""
+    """Harmful against benign, by window size: F1, precision and recall by the accuracy of the window itself.
+
+    f1_of_condition goes by the accuracy of all images under the condition, of which the window is a sample.
+    """
     result: dict[str, dict[str, float]] = {}
     for size in sorted({each.window for one in standard for each in one.estimates}):
-        pairs = [
-            (
-                clean_accuracy - one.accuracy > max_drop,
-                verdict(True, known_accuracy - each.estimates[OUR_ESTIMATE], max_drop) == "harmful",
-            )
-            for one in standard
-            for each in one.estimates
-            if each.window == size
+        windows = [(one, each) for one in standard for each in one.estimates if each.window == size]
+        said = [
+            verdict(True, known_accuracy - each.estimates[OUR_ESTIMATE], max_drop) == "harmful" for _, each in windows
         ]
-        hits = sum(truth and said for truth, said in pairs)
-        true, said = sum(truth for truth, _ in pairs), sum(said for _, said in pairs)
-        result[str(size)] = {
-            "f1": 2 * hits / (true + said) if true + said else 1.0,
-            "precision": hits / said if said else 1.0,
-            "recall": hits / true if true else 1.0,
-        }
+        own = _scores([known_accuracy - each.true > max_drop for _, each in windows], said)
+        condition = _scores([clean_accuracy - one.accuracy > max_drop for one, _ in windows], said)
+        result[str(size)] = own | {"f1_of_condition": condition["f1"]}
     return result
+
+
+def _scores(truth: Sequence[bool], said: Sequence[bool]) -> dict[str, float]:
+    hits = sum(each and other for each, other in zip(truth, said, strict=True))
+    return {
+        "f1": 2 * hits / (sum(truth) + sum(said)) if sum(truth) + sum(said) else 1.0,
+        "precision": hits / sum(said) if sum(said) else 1.0,
+        "recall": hits / sum(truth) if sum(truth) else 1.0,
+    }
 
 
 def _detection(measured: Sequence[Measured], sizes: Iterable[int]) -> dict[str, float]:
