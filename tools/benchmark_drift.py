@@ -69,6 +69,7 @@ def _harmless(
         "another resize filter": lambda pixels: np.stack([_resampled(image) for image in pixels]),
     }
     size = min(200, detector.largest_window)
+    check = np.random.default_rng(detector.spec.seed).permutation(check)  # the pack is sorted by class
     for name, change in changes.items():
         said = []
         for start in range(0, len(check) - size + 1, size):
