@@ -166,12 +166,12 @@ def in_words(report: dict[str, Any]) -> str:
     ]
     shift = report["label_shift"]
     if shift["detected"]:
-        lines.append(
-            f"  label shift: the mix of predicted classes changed (p = {shift['p_value']:.4f}); "
-            "the images were compared with clean ones of the same mix"
-        )
+        why = "" if report["status"] == "ok" else ", which the drift may have caused"
+        lines.append(f"  label shift: the mix of predicted classes changed (p = {shift['p_value']:.4f}){why}")
     if report["num_tested"] < report["num_images"]:
         lines.append(f"  {report['num_tested']} of the images were compared")
+    if report["skipped"]:
+        lines.append(f"  left out, cannot be read: {', '.join(each['path'] for each in report['skipped'][:5])}")
     if report["status"] != "ok":
         moved = [f"{row['measure']} {row['shift']:+.1f}" for row in report["moved"][:5]]
         lines.append(f"  moved most (in standard deviations): {', '.join(moved)}")

@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Sequence
 from html import escape
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def page(report: dict[str, Any], pictures: Sequence[NDArray[np.uint8]]) -> str:
     ]
     facts = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows)
     shown = [
-        f"<figure><img src='{_inline(pixels)}' alt=''><figcaption>{escape(image['path'])}<br>"
+        f"<figure><img src='{_inline(pixels)}' alt=''><figcaption title='{escape(image['path'])}'>{escape(PurePath(image['path']).name)}<br>"
         f"{escape(image['predicted'])}, oddness {image['oddness']:.1f}</figcaption></figure>"
         for image, pixels in zip(report["images"], pictures, strict=True)
     ]
