@@ -43,8 +43,9 @@ def page(report: dict[str, Any], pictures: Sequence[NDArray[np.uint8]]) -> str:
     ]
     facts = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows)
     shown = [
-        f"<figure><img src='{_inline(pixels)}' alt=''><figcaption title='{escape(image['path'])}'>{escape(PurePath(image['path']).name)}<br>"
-        f"{escape(image['predicted'])}, oddness {image['oddness']:.1f}</figcaption></figure>"
+        f"<figure><img src='{_inline(pixels)}' alt=''><figcaption title='{escape(image['path'])}'>"
+        f"{escape(PurePath(image['path']).name)}<br>{escape(image['predicted'])}, oddness {image['oddness']:.1f}"
+        "</figcaption></figure>"
         for image, pixels in zip(report["images"], pictures, strict=True)
     ]
     skipped = "".join(
