@@ -26,7 +26,7 @@ $(STAMP): requirements.txt
 repro: setup ## run the pipeline (what is stale of it) and show the numbers
 	dvc repro
 	@echo
-	@dvc metrics show
+	@dvc metrics show metrics/evaluate.json metrics/profile.json
 	@echo
 	@echo "Look at plots/evaluate/*.png, or run 'dvc plots show'. Next: dvc exp run -S train.lr=0.001"
 
