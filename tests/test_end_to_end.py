@@ -13,7 +13,7 @@ import pytest
 
 from tests.helpers import ROOT, commit_all, copy_of_checkout, image_files, run, set_params, write_files
 
-STAGES = ["extract", "preprocess", "train", "evaluate", "profile"]
+STAGES = ["extract", "preprocess", "train", "evaluate", "profile", "drift"]
 
 
 def stages_run(output: str) -> list[str]:
@@ -51,14 +51,14 @@ def test_a_forced_run_gives_the_same_lock(repository: Path) -> None:
 def test_a_new_clone_makes_the_same_outputs(repository: Path, tmp_path: Path) -> None:
     run(tmp_path, "git", "clone", "-q", str(repository), "clone")
     # evaluate need not run: its outputs are in git, and the model is the same to the bit
-    assert stages_run(run(tmp_path / "clone", "dvc", "repro").stdout) == ["extract", "preprocess", "train", "profile"]
+    assert stages_run(run(tmp_path / "clone", "dvc", "repro").stdout) == ["extract", "preprocess", "train", "profile", "drift"]
     assert is_clean(tmp_path / "clone")
     assert stages_run(run(tmp_path / "clone", "dvc", "repro").stdout) == []
 
 
 def test_changing_the_learning_rate_reruns_training_and_what_follows(repository: Path) -> None:
     output = run(repository, "dvc", "exp", "run", "-S", "train.lr=0.0005", "-n", "slow").stdout
-    assert stages_run(output) == ["train", "evaluate", "profile"]
+    assert stages_run(output) == ["train", "evaluate", "profile", "drift"]
     assert "train.lr" in run(repository, "dvc", "exp", "show", "--csv").stdout.splitlines()[0]
     difference = json.loads(run(repository, "dvc", "exp", "diff", "HEAD", "slow", "--json").stdout)
     assert difference["params"]["params.yaml"]["train.lr"] == {"old": 0.01, "new": 0.0005, "diff": -0.0095}
@@ -84,7 +84,7 @@ def test_changing_the_runtime_reruns_the_profile_only(repository: Path) -> None:
 
 def test_a_temporary_run_leaves_the_workspace_alone(repository: Path) -> None:
     output = run(repository, "dvc", "exp", "run", "--temp", "-S", "train.seed=1", "-n", "other-seed").stdout
-    assert stages_run(output) == ["train", "evaluate", "profile"]
+    assert stages_run(output) == ["train", "evaluate", "profile", "drift"]
     assert is_clean(repository)
     assert "other-seed" in run(repository, "dvc", "exp", "list", "--name-only").stdout
 
@@ -173,5 +173,5 @@ def test_the_default_run_is_good_and_not_too_easy(tmp_path: Path) -> None:
     assert 0.85 <= top1 < 0.99
     assert json.loads((repository / "data/processed/meta.json").read_text())["num_images"] == {
         "train": 2000,
-        "val": 500,
+        "val": 1500,
     }

@@ -45,7 +45,7 @@ def test_the_pack_holds_every_image_at_its_place(workspace: Path) -> None:
     pixels = load_split("train", meta).images.reshape(-1, 3) / 255
     assert meta.mean == pytest.approx(pixels.mean(axis=0), abs=1e-5)
     assert meta.std == pytest.approx(pixels.std(axis=0), abs=1e-5)
-    assert meta.num_per_class == {"train": [7] * 10, "val": [2] * 10}
+    assert meta.num_per_class == {"train": [7] * 10, "val": [6] * 10}
     assert meta.source_sha256 == json.loads((workspace / "data/raw/source.json").read_text())["sha256"]
 
 
@@ -119,10 +119,10 @@ def test_arrays_that_do_not_fit_their_description_are_refused(workspace: Path) -
     meta = load_meta()
     folder = workspace / "data/processed"
     np.save(folder / "val_labels.npy", np.full(20, 10))
-    with pytest.raises(InputError, match=r"val_labels\.npy: labels must be 20 numbers from 0 to 9"):
+    with pytest.raises(InputError, match=r"val_labels\.npy: labels must be 60 numbers from 0 to 9"):
         load_split("val", meta)
     np.save(folder / "val_images.npy", np.zeros((3, 32, 32, 3), dtype=np.uint8))
-    with pytest.raises(InputError, match="meta.json says 20 images of 32 px"):
+    with pytest.raises(InputError, match="meta.json says 60 images of 32 px"):
         load_split("val", meta)
     (folder / "val_images.npy").write_bytes(b"")
     with pytest.raises(InputError, match="run `dvc repro preprocess`"):
