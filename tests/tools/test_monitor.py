@@ -79,7 +79,7 @@ def test_a_corrupt_file_among_good_ones_is_left_out_by_name(production: Path, tm
         assert report["num_images"] == 12
         assert len(report["skipped"]) == 1
         assert "bad.jpg" in report["skipped"][0]["path"]
-        assert "decoded" in report["skipped"][0]["reason"]
+        assert "cannot be" in report["skipped"][0]["reason"]
 
 
 def test_more_images_than_can_be_tested_are_thinned(production: Path, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_growing_folder_is_watched(production: Path, repository: Path, tmp_pat
     growing = tmp_path / "growing"
     growing.mkdir()
     log = tmp_path / "log"
-    command = f"python -u -m tools.monitor {growing} --stream --window 4 --run-length 400 --idle 15 > {log} 2>&1"
+    command = f"python -u -m tools.monitor {growing} --stream --window 4 --run-length 400 --idle 8 > {log} 2>&1"
     process = start(repository, "bash", "-c", command)
     wait_until(lambda: log.exists() and "windows of 4" in log.read_text())
     files = sorted(production.iterdir())
@@ -178,5 +178,5 @@ def test_a_growing_folder_is_watched(production: Path, repository: Path, tmp_pat
     for path in files[4:8]:
         shutil.copy(path, growing)
     wait_until(lambda: "window 2" in log.read_text())
-    process.send_signal(2)
-    assert process.wait(60) in (0, 10, 20, 130)
+    process.communicate(timeout=100)
+    assert process.returncode in (0, 10, 20)
