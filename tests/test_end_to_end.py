@@ -51,7 +51,13 @@ def test_a_forced_run_gives_the_same_lock(repository: Path) -> None:
 def test_a_new_clone_makes_the_same_outputs(repository: Path, tmp_path: Path) -> None:
     run(tmp_path, "git", "clone", "-q", str(repository), "clone")
     # evaluate need not run: its outputs are in git, and the model is the same to the bit
-    assert stages_run(run(tmp_path / "clone", "dvc", "repro").stdout) == ["extract", "preprocess", "train", "profile", "drift"]
+    assert stages_run(run(tmp_path / "clone", "dvc", "repro").stdout) == [
+        "extract",
+        "preprocess",
+        "train",
+        "profile",
+        "drift",
+    ]
     assert is_clean(tmp_path / "clone")
     assert stages_run(run(tmp_path / "clone", "dvc", "repro").stdout) == []
 
