@@ -9,11 +9,8 @@ Command  python -m stages.drift
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 from pydantic import Field, field_validator
 
@@ -72,6 +69,7 @@ def main(params: Params) -> None:
     from stages.core.measures import fit_projection, measure
     from stages.core.output import write_bytes, write_json, write_text
     from stages.core.progress import progress, stage_summary
+    from stages.core.tables import as_csv
     from stages.core.window_test import Population
 
     knobs = params.drift
@@ -142,21 +140,12 @@ def main(params: Params) -> None:
         estimates = drift_summary.estimate_rows(measured)
         write_json(METRICS, summary)
         for name, rows in (("severity", severities), ("power", powers), ("estimates", estimates)):
-            write_text(PLOTS / f"{name}.csv", _csv(rows))
+            write_text(PLOTS / f"{name}.csv", as_csv(rows))
         write_bytes(PLOTS / "severity.png", drift_figures.severity_curves(severities, accuracy))
         write_bytes(PLOTS / "power.png", drift_figures.power_curves(powers, knobs.alpha))
         write_bytes(PLOTS / "estimates.png", drift_figures.estimates(estimates))
         write_bytes(PLOTS / "corruptions.png", drift_figures.contact_sheet(images[check_on[0]], knobs.seed))
         made.extend(drift_summary.lines(summary))
-
-
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: f"{value:.6f}" if isinstance(value, float) else value for key, value in row.items()})
-    return text.getvalue()
 
 
 if __name__ == "__main__":

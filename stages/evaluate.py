@@ -8,11 +8,8 @@ Command  python -m stages.evaluate
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
@@ -55,6 +52,7 @@ def main(params: Params) -> None:
     from stages.core.loader import evaluation_batches, open_source
     from stages.core.output import write_bytes, write_json, write_text
     from stages.core.progress import progress, stage_summary
+    from stages.core.tables import as_csv
 
     meta = load_meta()
     split = load_split("val", meta)
@@ -91,12 +89,12 @@ def main(params: Params) -> None:
             {"actual": spec.classes[a], "predicted": spec.classes[p]}
             for a, p in zip(split.labels, predicted, strict=True)
         ]
-        write_text(PLOTS / "confusion.csv", _csv(pairs))
+        write_text(PLOTS / "confusion.csv", as_csv(pairs))
         write_bytes(PLOTS / "confusion.png", figures.confusion_matrix(counts, spec.classes))
         write_json(PLOTS / "reliability.json", reliability)
         write_bytes(PLOTS / "reliability.png", figures.reliability_diagram(reliability, results["ece"]))
         write_json(PLOTS / "precision_recall.json", metrics.precision_recall(probabilities, split.labels))
-        write_text(PLOTS / "per_class.csv", _csv(metrics.per_class(probabilities, split.labels, spec.classes)))
+        write_text(PLOTS / "per_class.csv", as_csv(metrics.per_class(probabilities, split.labels, spec.classes)))
         write_bytes(PLOTS / "mistakes.png", figures.mistakes(split.images[worst], captions))
         write_json(METRICS, results | {"num_images": len(split.labels)})
         made.append(", ".join(f"{name} {value:.4f}" for name, value in results.items()))
@@ -112,15 +110,6 @@ def _most_confident_mistakes(
     wrong = np.flatnonzero(probabilities.argmax(axis=1) != labels)
     order = np.argsort(-probabilities[wrong].max(axis=1), kind="stable")
     return wrong[order][:count]
-
-
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: f"{value:.6f}" if isinstance(value, float) else value for key, value in row.items()})
-    return text.getvalue()
 
 
 if __name__ == "__main__":
