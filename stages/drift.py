@@ -66,11 +66,11 @@ def main(params: Params) -> None:
     from stages.core.drift_check import Condition
     from stages.core.features import Extractor
     from stages.core.image import CropMode, Interpolation
-    from stages.core.measures import fit_projection, measure
+    from stages.core.measures import fit_projection
     from stages.core.output import write_bytes, write_json, write_text
     from stages.core.progress import progress, stage_summary
     from stages.core.tables import as_csv
-    from stages.core.window_test import Population
+    from stages.core.two_sample import population_of
 
     knobs = params.drift
     meta = load_meta()
@@ -104,7 +104,6 @@ def main(params: Params) -> None:
         fits = {size: drift_check.fit_sized_damage(fitting, labels, size) for size in sizes}
         known = np.concatenate([parts.reference, parts.threshold])
         projection = fit_projection(clean.rows(parts.reference), knobs.axes)
-        threshold = clean.rows(parts.threshold)
         detector = detectors.build(
             detectors.DetectorSpec(
                 class_ids=spec.class_ids,
@@ -122,7 +121,7 @@ def main(params: Params) -> None:
                 adapts=drifted[0].adapted[sizes[0]] is not None,
             ),
             projection,
-            Population(measure(threshold, projection), threshold.logits.argmax(axis=1).astype(np.int64)),
+            population_of(clean.rows(parts.threshold), projection),
         )
         detectors.save(detectors.DETECTOR, detector)
 

@@ -12,8 +12,8 @@ from stages.core.damage import fit_baselines, fit_damage
 from stages.core.detector import Detector, DetectorSpec, SizedDamage, build
 from stages.core.features import Features
 from stages.core.image_statistics import STATISTICS
-from stages.core.measures import fit_projection, measure
-from stages.core.window_test import Population
+from stages.core.measures import fit_projection
+from stages.core.two_sample import Population, population_of
 
 NUM_CLASSES = 4
 DIM = 12
@@ -38,7 +38,7 @@ def features(
 
 def population(some: Features, fitted_to: Features, num_axes: int = 4) -> Population:
     projection = fit_projection(fitted_to, num_axes)
-    return Population(measure(some, projection), some.logits.argmax(axis=1).astype(np.int64))
+    return population_of(some, projection)
 
 
 def detector(num_threshold: int = 400, accuracy: float = 0.5, **changes: Any) -> Detector:
@@ -65,7 +65,7 @@ def detector(num_threshold: int = 400, accuracy: float = 0.5, **changes: Any) ->
     return build(
         DetectorSpec(**(spec | changes)),
         projection,
-        Population(measure(threshold, projection), threshold.logits.argmax(axis=1).astype(np.int64)),
+        population_of(threshold, projection),
     )
 
 

@@ -150,6 +150,7 @@ def test_a_refused_source_costs_nothing(repository: Path, tmp_path: Path) -> Non
         ("train", "model.name", "resnet81"),
         ("evaluate", "evaluate.num_bins", 0),
         ("profile", "profile.active", 0),
+        ("drift", "drift.alpha", 0),
     ],
 )
 def test_a_wrong_param_is_refused_before_anything_heavy_loads(

@@ -24,12 +24,12 @@ from PIL import Image
 from stages.core.corruptions import STANDARD_KINDS, corrupt
 from stages.core.dataset import load_meta, load_split
 from stages.core.detector import Detector
-from stages.core.drift_check import split
+from stages.core.drift_check import false_alarms, split
 from stages.core.errors import run_main
 from stages.core.features import Extractor
-from stages.core.measures import fit_projection, measure
+from stages.core.measures import measure
 from stages.core.params import load_params
-from stages.core.window_test import Population, calibrate, compare_with, draw_windows, evidence
+from stages.core.two_sample import evidence
 from stages.drift import Params
 from tools.monitor import open_detector
 from tools.monitor_stream import null_windows
@@ -108,27 +108,16 @@ def _stream(
     if size > detector.largest_window:
         return
     clean = extractor.features(images)
-    alarms, num_windows = 0, 0
-    for number in range(resplits):
-        rng = np.random.default_rng([params.drift.seed, number, 7])
-        parts = split(len(labels), rng)
-        projection = fit_projection(clean.rows(parts.reference), params.drift.axes)
-        threshold = measure(clean.rows(parts.threshold), projection)
-        population = Population(threshold, np.zeros(len(threshold), dtype=np.int64))
-        comparison = compare_with(population, projection)
-        null = draw_windows(len(threshold), size, null_windows(alpha), rng)
-        calibration = calibrate(evidence(comparison, threshold, null, inside=True))
-        fresh = measure(clean.rows(parts.check), projection)
-        found = evidence(comparison, fresh, draw_windows(len(fresh), size, 4000, rng))
-        alarms += int((calibration.p_values(found) <= alpha).sum())
-        num_windows += 4000
-    length = num_windows * size / max(alarms, 1)
+    count = null_windows(alpha)
+    rates = false_alarms(clean, [size], params.drift.axes, alpha, resplits, count, params.drift.seed)[size]
     yield (
         f"images to a false alarm, {_RUN_LENGTH:,} asked for, {resplits} re-splits",
-        f"{length:,.0f} ({alarms} alarms in {num_windows * size:,} images)",
+        f"{size / rates.mean:,.0f} ({rates.mean * resplits * count:.0f} alarms in {resplits * count * size:,} images)"
+        if rates.mean
+        else f"no alarm in {resplits * count * size:,}",
     )
     delays = []
-    calibration = detector.calibration(size, null_windows(alpha))
+    calibration = detector.calibration(size, count)
     before = measure(clean.rows(check), detector.projection)
     accuracy = float((clean.logits[check].argmax(axis=1) == labels[check]).mean())
     for kind in STANDARD_KINDS:

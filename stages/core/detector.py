@@ -28,11 +28,11 @@ from stages.core.damage import (
 from stages.core.errors import InputError
 from stages.core.features import Features
 from stages.core.image import CropMode, Interpolation
-from stages.core.measures import Projection, measure, measure_names
+from stages.core.measures import Projection, measure_names
 from stages.core.output import replace_directory, write_json
 from stages.core.params import Section
 from stages.core.recipe import Precision
-from stages.core.window_test import (
+from stages.core.two_sample import (
     Calibration,
     Comparison,
     Indices,
@@ -45,6 +45,7 @@ from stages.core.window_test import (
     draw_windows,
     evidence,
     matched_windows,
+    population_of,
 )
 
 DETECTOR = Path("models/drift")
@@ -119,7 +120,7 @@ class Detector:
 
     def population(self, features: Features) -> Population:
         """Images as the tests see them."""
-        return Population(measure(features, self.projection), features.logits.argmax(axis=1).astype(np.int64))
+        return population_of(features, self.projection)
 
     def calibration(self, size: int, count: int | None = None) -> Calibration:
         """The evidence of clean windows of a size."""

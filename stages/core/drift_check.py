@@ -20,9 +20,9 @@ from stages.core.damage import (
 )
 from stages.core.detector import LARGEST_SHARE, SMALLEST_WINDOW, Detector, SizedDamage, nearest_size
 from stages.core.features import Extractor, Features
-from stages.core.measures import Projection, fit_projection, measure
+from stages.core.measures import fit_projection
 from stages.core.parallel import read_ahead
-from stages.core.window_test import (
+from stages.core.two_sample import (
     Calibration,
     Indices,
     Population,
@@ -31,6 +31,7 @@ from stages.core.window_test import (
     compare_with,
     draw_windows,
     evidence,
+    population_of,
     squared_mmd,
 )
 
@@ -131,8 +132,8 @@ def false_alarms(
         rng = np.random.default_rng([seed, number])
         parts = split(len(features), rng)
         projection = fit_projection(features.rows(parts.reference), num_axes)
-        threshold = _population(features.rows(parts.threshold), projection)
-        check = _population(features.rows(parts.check), projection)
+        threshold = population_of(features.rows(parts.threshold), projection)
+        check = population_of(features.rows(parts.check), projection)
         comparison = compare_with(threshold, projection)
         for size in sizes:
             null = draw_windows(len(threshold), size, num_windows, rng)
@@ -356,7 +357,3 @@ def public_methods(
         found = squared_mmd(gauge.detector.comparison, population.values, windows)
         rates["embedding_mmd"][size] = float((found > gauge.mmd_limits[size]).mean())
     return rates
-
-
-def _population(features: Features, projection: Projection) -> Population:
-    return Population(measure(features, projection), features.logits.argmax(axis=1).astype(np.int64))

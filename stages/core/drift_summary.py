@@ -56,11 +56,10 @@ def lines(report: dict[str, Any]) -> list[str]:
     """What the stage says at its end."""
     size = max(report["detection"], key=int)
     alarms = report["false_alarms"][size]
-    said = [
-        f"{report['num_conditions']} conditions, windows of {size}: {report['detection'][size]:.3f} detected",
-        f"{report['detection_of_harmful'].get(size, 0):.3f} of the harmful",
-        f"false alarms {alarms['mean']:.4f} (worst of {alarms['resplits']} splits {alarms['worst']:.4f})",
-    ]
+    said = [f"{report['num_conditions']} conditions, windows of {size}: {report['detection'][size]:.3f} detected"]
+    if report["num_harmful"]:
+        said.append(f"{report['detection_of_harmful'][size]:.3f} of the harmful")
+    said.append(f"false alarms {alarms['mean']:.4f} (worst of {alarms['resplits']} splits {alarms['worst']:.4f})")
     error = report["estimate_error"].get(OUR_ESTIMATE, {})
     if error:
         size = max(error, key=int)

@@ -33,7 +33,7 @@ from stages.core.drift_check import (
 )
 from stages.core.features import Features
 from stages.core.measures import fit_projection
-from stages.core.window_test import draw_windows
+from stages.core.two_sample import draw_windows
 from tests.stages.core.test_features import extractor
 from tests.synthetic import NUM_CLASSES, classes_of, clouds, detector, features
 

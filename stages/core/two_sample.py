@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from stages.core.measures import TESTED_GROUPS, Projection, measure_groups
+from stages.core.features import Features
+from stages.core.measures import TESTED_GROUPS, Projection, measure, measure_groups
 
 Values = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -37,6 +38,11 @@ class Population:
     def rows(self, indices: Indices) -> Population:
         """Some of the images."""
         return Population(self.values[indices], self.classes[indices])
+
+
+def population_of(features: Features, projection: Projection) -> Population:
+    """Images as the tests see them."""
+    return Population(measure(features, projection), features.logits.argmax(axis=1).astype(np.int64))
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from stages.core import window_test
+from stages.core import two_sample
 from stages.core.measures import TESTED_GROUPS, Projection, fit_projection, measure, measure_groups
-from stages.core.window_test import (
+from stages.core.two_sample import (
     Calibration,
     Comparison,
     Indices,
@@ -46,7 +46,7 @@ def test_distances_are_those_of_scipy() -> None:
     reference, fresh = untied(150, 0, NUM_MEASURES), untied(60, 1, NUM_MEASURES) + 0.3
     comparison = compare_with(Population(reference, np.zeros(150, dtype=np.int64)), PROJECTION)
     windows = draw_windows(60, 20, 7, np.random.default_rng(0))
-    distances, means = window_test._distances_and_means(comparison, fresh, windows)
+    distances, means = two_sample._distances_and_means(comparison, fresh, windows)
     for row, window in enumerate(windows):
         for column in range(NUM_MEASURES):
             expected = stats.ks_2samp(fresh[window, column], reference[:, column]).statistic
@@ -58,7 +58,7 @@ def test_windows_in_many_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch) ->
     fresh, comparison = population(60, 5), compare_with(population(100, 4), PROJECTION)
     windows = draw_windows(60, 9, 11, np.random.default_rng(0))
     whole = evidence(comparison, fresh.values, windows)
-    monkeypatch.setattr(window_test, "_CHUNK", 1)
+    monkeypatch.setattr(two_sample, "_CHUNK", 1)
     for name, values in evidence(comparison, fresh.values, windows).items():
         assert np.array_equal(values, whole[name])
 
@@ -74,8 +74,8 @@ def test_weights_count_images_more_than_once() -> None:
     assert weighted.similarity == pytest.approx(kernel.mean())
     assert weighted.size == pytest.approx(times.sum() ** 2 / (times**2).sum())
     for found, expected in zip(
-        window_test._distances_and_means(weighted, fresh, windows),
-        window_test._distances_and_means(repeated, fresh, windows),
+        two_sample._distances_and_means(weighted, fresh, windows),
+        two_sample._distances_and_means(repeated, fresh, windows),
         strict=True,
     ):
         np.testing.assert_allclose(found, expected, atol=1e-6)
@@ -144,8 +144,8 @@ def test_windows_inside_stretch_to_the_comparison_with_the_rest() -> None:
     values = untied(90, 0, NUM_MEASURES)
     window = draw_windows(90, 30, 1, np.random.default_rng(0))
     whole, rest, stretch = inside_and_rest(values, window[0])
-    distances, means = window_test._distances_and_means(whole, values, window)
-    explicit, _ = window_test._distances_and_means(rest, values, window)
+    distances, means = two_sample._distances_and_means(whole, values, window)
+    explicit, _ = two_sample._distances_and_means(rest, values, window)
     np.testing.assert_allclose(stretch * (means - whole.mean), means - rest.mean)
     # A window's image counts half below itself in the whole population: one half of one image of 90.
     np.testing.assert_allclose(stretch * distances, explicit, atol=stretch * 0.5 / 90 + 1e-6)
@@ -170,7 +170,7 @@ def test_ties_do_not_count_as_distance() -> None:
     reference = np.tile(np.r_[np.zeros(60), np.arange(1, 41)][:, None], NUM_MEASURES).astype(np.float64)
     comparison = compare_with(Population(reference, np.zeros(100, dtype=np.int64)), PROJECTION)
     window = np.arange(0, 100, 5)[None]
-    distances, _ = window_test._distances_and_means(comparison, reference, window)
+    distances, _ = two_sample._distances_and_means(comparison, reference, window)
     expected = stats.ks_2samp(reference[window[0], 0], reference[:, 0]).statistic
     np.testing.assert_allclose(distances, expected, atol=1e-6)
 
