@@ -130,7 +130,7 @@ def main(params: Params) -> None:
         gauge = drift_check.gauge(detector, sizes, check, labels, unseen)
         measured = [drift_check.measure_condition(one, gauge, knobs.contamination) for one in checking]
         alarms = drift_check.false_alarms(
-            clean, sizes, knobs.axes, knobs.alpha, knobs.resplits, knobs.null_windows, knobs.seed
+            clean, sizes, knobs.axes, knobs.alpha, knobs.resplits, detector.num_windows(knobs.alpha), knobs.seed
         )
         accuracy = float((check.logits.argmax(axis=1) == labels[parts.check]).mean())
         summary = drift_summary.summary(detector, accuracy, alarms, measured)

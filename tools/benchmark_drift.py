@@ -32,7 +32,6 @@ from stages.core.params import load_params
 from stages.core.two_sample import evidence
 from stages.drift import Params
 from tools.monitor import open_detector
-from tools.monitor_stream import null_windows
 
 Pixels = NDArray[np.uint8]
 _STREAM_WINDOW, _RUN_LENGTH = 25, 10_000
@@ -108,7 +107,7 @@ def _stream(
     if size > detector.largest_window:
         return
     clean = extractor.features(images)
-    count = null_windows(alpha)
+    count = detector.num_windows(alpha)
     rates = false_alarms(clean, [size], params.drift.axes, alpha, resplits, count, params.drift.seed)[size]
     yield (
         f"images to a false alarm, {_RUN_LENGTH:,} asked for, {resplits} re-splits",
@@ -117,7 +116,7 @@ def _stream(
         else f"no alarm in {resplits * count * size:,}",
     )
     delays = []
-    calibration = detector.calibration(size, count)
+    calibration = detector.calibration(size, alpha)
     before = measure(clean.rows(check), detector.projection)
     accuracy = float((clean.logits[check].argmax(axis=1) == labels[check]).mean())
     for kind in STANDARD_KINDS:

@@ -18,7 +18,6 @@ from stages.core.production import ImageFile, is_image_name, read_images
 
 _POLL_SECONDS = 0.5
 _SETTLED_SECONDS = 0.5  # a file that was written to later may be unfinished
-_EXCEEDANCES = 20  # clean windows beyond the threshold, for which enough are drawn
 
 
 class Judged(NamedTuple):
@@ -42,17 +41,12 @@ def stream_alpha(detector: Detector, window: int, run_length: int) -> float:
     return window / run_length
 
 
-def null_windows(alpha: float) -> int:
-    """Clean windows to draw, so that a p-value can fall to alpha and alpha is met exactly."""
-    return max(999, round(_EXCEEDANCES / alpha) - 1)
-
-
 def judge_stream(
     detector: Detector, extractor: Extractor, files: Iterator[ImageFile], window: int, run_length: int
 ) -> Iterator[Judged]:
     """Judge windows of `window` images as they come; images that cannot be read are left out, and said."""
     alpha = stream_alpha(detector, window, run_length)
-    calibration = detector.calibration(window, null_windows(alpha))
+    calibration = detector.calibration(window, alpha)
     spec = detector.spec
     pending: list[ImageFile] = []
     images: list[NDArray[np.uint8]] = []

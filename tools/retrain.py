@@ -38,10 +38,10 @@ from stages.core.recipe import ModelParams, TrainParams
 from stages.core.runtime import RuntimeParams, cache_dir
 from stages.evaluate import EvaluateParams
 from stages.extract import DataParams
-from tools import experiment, labelled
+from tools import experiment, labelled, monitor
 
 CLASSIFIER, DETECTOR, PROCESSED = "models/classifier", "models/drift", "data/processed"
-_VERDICTS = {0: "ok", 10: "benign", 20: "harmful"}  # by the monitor's exit status
+_VERDICTS = {status: verdict for verdict, status in monitor.EXIT_STATUS.items()}
 _ROUNDING = 1e-9  # 0.90 - 0.88 is more than 0.02 in floating point
 _WEIGHTS = re.compile(r"retrain/weights-[0-9a-f]{16}\.safetensors$")  # a copy that a retraining started from
 

@@ -52,6 +52,7 @@ DETECTOR = Path("models/drift")
 Status = Literal["ok", "benign", "harmful"]
 LARGEST_SHARE = 0.25  # of the threshold images that a window may have
 _MATCHED_SHARE = 0.25  # of a window whose class mix has shifted, that must have its like among clean images
+_EXCEEDANCES = 10  # clean windows at or beyond the threshold, at least
 SMALLEST_WINDOW = 2  # images that anything can be said of
 
 
@@ -122,33 +123,37 @@ class Detector:
         """Images as the tests see them."""
         return population_of(features, self.projection)
 
-    def calibration(self, size: int, count: int | None = None) -> Calibration:
-        """The evidence of clean windows of a size."""
+    def num_windows(self, alpha: float) -> int:
+        """Clean windows to draw, so that p-values reach well below alpha."""
+        return max(self.spec.null_windows, round(_EXCEEDANCES / alpha) - 1)
+
+    def calibration(self, size: int, alpha: float | None = None) -> Calibration:
+        """The evidence of clean windows of a size, as many as p-values of alpha (by default the detector's) take."""
         rng = np.random.default_rng([self.spec.seed, size])
-        windows = draw_windows(len(self.threshold), size, count or self.spec.null_windows, rng)
+        windows = draw_windows(len(self.threshold), size, self.num_windows(alpha or self.spec.alpha), rng)
         return calibrate(evidence(self.comparison, self.threshold.values, windows, inside=True))
 
-    def class_p_values(self, classes: Indices, windows: Indices) -> Values:
-        """p-values of the predicted class mix of windows (B, n), rows of `classes` (N,)."""
-        num_classes, size = len(self.spec.class_ids), windows.shape[1]
+    def class_p_value(self, classes: Indices, alpha: float | None = None) -> float:
+        """p-value of the predicted class mix of a window (n,)."""
+        num_classes, size = len(self.spec.class_ids), len(classes)
         counts: Values = np.bincount(self.threshold.classes, minlength=num_classes).astype(np.float64) + 0.5
         rng = np.random.default_rng([self.spec.seed, size, 1])
-        clean = draw_windows(len(self.threshold), size, self.spec.null_windows, rng)
+        clean = draw_windows(len(self.threshold), size, self.num_windows(alpha or self.spec.alpha), rng)
         drawn = _counts(self.threshold.classes[clean], num_classes)
         # Clean windows are compared with the rest of the images, of which there are fewer.
         fewer = (1 / size + 1 / len(self.threshold)) / (1 / size + 1 / (len(self.threshold) - size))
         null = np.sort(class_shift(drawn, counts - drawn) * fewer)
-        found = class_shift(_counts(classes[windows], num_classes), counts[None])
-        p_values: Values = (1 + len(null) - np.searchsorted(null, found - 1e-9, "left")) / (1 + len(null))
-        return p_values
+        found = class_shift(_counts(classes[None], num_classes), counts[None])[0]
+        return float((1 + len(null) - np.searchsorted(null, found - 1e-9, "left")) / (1 + len(null)))
 
-    def matched_p_value(self, window: Population) -> tuple[float, int] | None:
+    def matched_p_value(self, window: Population, alpha: float | None = None) -> tuple[float, int] | None:
         """p-value against clean images of the window's own class mix, and the number of images compared.
 
         None where the clean images have too few of these classes for most of the window.
         """
         rng = np.random.default_rng([self.spec.seed, len(window), 2])
-        kept, windows = matched_windows(window.classes, self.threshold.classes, self.spec.null_windows, rng)
+        count = self.num_windows(alpha or self.spec.alpha)
+        kept, windows = matched_windows(window.classes, self.threshold.classes, count, rng)
         if len(kept) < max(SMALLEST_WINDOW, _MATCHED_SHARE * len(window)):
             return None
         some = window.rows(kept)
@@ -185,11 +190,11 @@ class Detector:
             tested = everything.rows(np.linspace(0, len(everything) - 1, self.largest_window).round().astype(np.int64))
         rows = np.arange(len(tested))[None]
         found = evidence(self.comparison, tested.values, rows)
-        class_p_value = float(self.class_p_values(tested.classes, rows)[0])
+        class_p_value = self.class_p_value(tested.classes, alpha)
         shifted = class_p_value <= alpha
-        matched = self.matched_p_value(tested) if shifted else None
+        matched = self.matched_p_value(tested, alpha) if shifted else None
         if matched is None:
-            calibration = calibration or self.calibration(len(tested))
+            calibration = calibration or self.calibration(len(tested), alpha)
             matched = float(calibration.p_values(found)[0]), len(tested)
         p_value, num_tested = matched
         accuracy, low, high = self.estimate(features.logits, adapted)

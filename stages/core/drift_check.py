@@ -267,7 +267,7 @@ def gauge(
     count = len(detector.threshold)
     for size in sizes:
         rng = np.random.default_rng([detector.spec.seed, size])
-        null = draw_windows(count, size, detector.spec.null_windows, rng)
+        null = draw_windows(count, size, detector.num_windows(detector.spec.alpha), rng)
         inside = squared_mmd(detector.comparison, detector.threshold.values, null) * (count / (count - size)) ** 2
         limits[size] = float(np.quantile(inside, 1 - detector.spec.alpha, method="higher"))
     return Gauge(

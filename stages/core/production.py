@@ -115,9 +115,8 @@ def _zipped(path: Path) -> list[ImageFile]:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
         raise InputError(f"{path}: broken or truncated zip: {error}") from None
-    members = sorted(
-        (info for info in archive.infolist() if is_image_name(info.filename)), key=lambda info: info.filename
-    )
+    members = [info for info in archive.infolist() if is_image_name(info.filename) and not info.is_dir()]
+    members.sort(key=lambda info: info.filename)
     return [ImageFile(f"{path}:{info.filename}", partial(_unzip, archive, info)) for info in members]
 
 
