@@ -14,4 +14,4 @@ def test_other_data_and_unknown_drift_are_refused(repository: Path) -> None:
     set_params(repository / "params.yaml", {"data.source": "imagenette2-160"})
     result = run(repository, "python", "-m", "tools.drift_demo", check=False)
     assert result.returncode == 2
-    assert "data.source: the demonstration needs the generated sample" in result.stderr
+    assert "data.source: this needs the generated sample" in result.stderr
