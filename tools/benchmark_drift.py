@@ -1,6 +1,7 @@
 """What the drift stage does not measure: harmless changes, label shift, the stream, and the monitor's time.
 
     python -m tools.benchmark_drift
+    pip install --no-deps torchdrift && python -m tools.benchmark_drift --torchdrift   compares with TorchDrift only
 
 It needs a pipeline that has run: the classifier, the detector and the packed images of this folder. The check images,
 which the detector has not seen, stand for production. Prints a table in Markdown.
@@ -15,9 +16,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -25,10 +28,11 @@ from stages.core.corruptions import STANDARD_KINDS, corrupt
 from stages.core.dataset import load_meta, load_split
 from stages.core.detector import Detector
 from stages.core.drift_check import false_alarms, split
-from stages.core.errors import run_main
+from stages.core.errors import InputError, run_main
 from stages.core.features import Extractor
 from stages.core.measures import measure
 from stages.core.params import load_params
+from stages.core.progress import progress
 from stages.core.two_sample import evidence
 from stages.drift import Params
 from tools.monitor import open_detector
@@ -41,19 +45,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m tools.benchmark_drift", description=__doc__)
     parser.add_argument("--resplits", type=int, default=20, help="of the clean images, for the stream (20)")
+    parser.add_argument("--torchdrift", action="store_true", help="compare with TorchDrift on windows of 50, only")
     options = parser.parse_args(arguments)
     params = load_params(Params)
     detector, extractor = open_detector(Path("models/drift"), Path("models/classifier"), params.runtime)
     images, labels = load_split("val", load_meta())
     check = split(len(labels), np.random.default_rng(params.drift.seed)).check
-    rows = [
+    if options.torchdrift:
+        rows = list(_torchdrift(images, labels, check, detector, extractor))
+        print("| windows of 50, alpha 1 % | clean windows | drifted windows | harmful |\n|---|---|---|---|")
+        for row in rows:
+            print(f"| {' | '.join(row)} |")
+        return
+    measured = [
         *_harmless(images, check, detector, extractor),
         *_label_shift(images, labels, check, detector, extractor),
         *_stream(images, labels, check, detector, extractor, params, options.resplits),
         *_monitor_time(images, check),
     ]
     print("| what | measured |\n|---|---|")
-    for name, value in rows:
+    for name, value in measured:
         print(f"| {name} | {value} |")
 
 
@@ -140,6 +151,55 @@ def _stream(
         f"images from the onset of harmful drift (severity 3 to 5) to the alarm, {len(delays)} streams",
         f"median {np.median(delays):.0f}, 90 % within {np.quantile(delays, 0.9):.0f}, longest {max(delays)}",
     )
+
+
+def _torchdrift(
+    images: Pixels, labels: NDArray[np.int64], check: NDArray[np.int64], detector: Detector, extractor: Extractor
+) -> Iterator[tuple[str, str, str, str]]:
+    """Alarms of TorchDrift's detectors and of ours: the same windows, TorchDrift's reference half of the check images.
+
+    Its detectors see the embedding, as its documentation has them; 300 reference images, 500 permutations.
+    """
+    try:
+        detectors = import_module("torchdrift.detectors")
+    except ImportError as error:
+        raise InputError(f"--torchdrift: {error}; pip install --no-deps torchdrift") from None
+    size, alpha, num_clean, num_drifted = 50, 0.01, 200, 4
+    if size > detector.largest_window or len(check) < 600:
+        raise InputError(f"--torchdrift: windows of {size} need 600 check images, of which there are {len(check)}")
+    torch.manual_seed(detector.spec.seed)
+    rng = np.random.default_rng(detector.spec.seed)
+    order = rng.permutation(check)
+    reference = torch.from_numpy(extractor.features(images[order[:300]]).embedding)
+    public = {
+        "TorchDrift, kernel MMD": detectors.KernelMMDDriftDetector(n_perm=500),
+        "TorchDrift, KS": detectors.KSDriftDetector(),
+    }
+    for each in public.values():
+        each.fit(reference)
+    rest = order[300:]
+    calibration = detector.calibration(size, alpha)
+    accuracy = float((extractor.features(images[rest]).logits.argmax(axis=1) == labels[rest]).mean())
+    conditions = [(None, 0), *((kind, severity) for kind in STANDARD_KINDS for severity in (1, 2, 3, 4, 5))]
+    alarms: dict[str, list[list[NDArray[np.bool_]]]] = {name: [[], [], []] for name in (*public, "Driftline")}
+    for kind, severity in progress(conditions, "torchdrift", len(conditions), "condition"):
+        some = rest[:400] if kind else rest
+        pixels = corrupt(images[some], kind, severity, some, detector.spec.seed) if kind else images[some]
+        features = extractor.features(pixels)
+        harmful = accuracy - float((features.logits.argmax(axis=1) == labels[some]).mean()) > detector.spec.max_drop
+        count = num_drifted if kind else num_clean
+        windows = np.stack([rng.choice(len(some), size, replace=False) for _ in range(count)])
+        found = evidence(detector.comparison, detector.population(features).values, windows)
+        said = {"Driftline": calibration.p_values(found) <= alpha}
+        embedding = torch.from_numpy(features.embedding)
+        for name, each in public.items():
+            said[name] = np.array([float(each.compute_p_value(embedding[rows])) <= alpha for rows in windows])
+        for name, alarm in said.items():
+            for group in (1, 2) if kind and harmful else (1,) if kind else (0,):
+                alarms[name][group].append(alarm)
+    for name, groups in alarms.items():
+        clean, drifted, hurt = (f"{np.concatenate(group).mean():.3f}" if group else "" for group in groups)
+        yield name, clean, drifted, hurt
 
 
 def _monitor_time(images: Pixels, check: NDArray[np.int64]) -> Iterator[tuple[str, str]]:

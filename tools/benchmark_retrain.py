@@ -79,8 +79,8 @@ SCENARIOS = (
     _harmful("colour_cast", 5),
     _harmful("fog", 4, "simulated", simulate=True),
     _harmful("darkness", 4, "from scratch", start="scratch"),
-    _harmful("darkness", 4, "killed in mid-train", killed="all"),
-    _harmful("contrast", 2, "the tool killed, dvc lives on", killed="tool"),
+    _harmful("darkness", 4, "killed in mid-train", killed="all", seed=4),
+    _harmful("contrast", 2, "the tool killed, dvc lives on", killed="tool", seed=5),
     _harmful("brightness", 4, "wrong labels", labels="wrong", **_REFUSED),
     _harmful("darkness", 4, "labels of clean images", labels="of clean images", **_REFUSED),
 )
