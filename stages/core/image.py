@@ -7,8 +7,9 @@ import warnings
 from typing import Literal
 
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from stages.core.errors import InputError
 
@@ -57,11 +58,14 @@ def decode_image(
     with warnings.catch_warnings(), _open(content, name) as image:
         warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
         try:
+            full_size = image.size
             # The JPEG decoder can scale by 1/2, 1/4, 1/8 for free: never below twice what is needed.
             image.draft(None, (2 * size, 2 * size))
-            image.load()  # verify() would let a truncated JPEG pass
-            ImageOps.exif_transpose(image, in_place=True)
-            rgb = _to_rgb(image)
+            rgb = _plain_jpeg(image, content) if image.size == full_size else None
+            if rgb is None:
+                image.load()  # verify() would let a truncated JPEG pass
+                ImageOps.exif_transpose(image, in_place=True)
+                rgb = _to_rgb(image)
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
             raise InputError(f"{name}: cannot be decoded: {error}") from None
     return rgb if rgb.size == (size, size) else _to_square(rgb, size, crop_mode, INTERPOLATIONS[interpolation])
@@ -83,6 +87,16 @@ def _open(content: bytes, name: str) -> Image.Image:
     if image.width * image.height > MAX_PIXELS or not image.width * image.height:
         raise InputError(f"{name}: {image.width}x{image.height} pixels; the limit is {MAX_PIXELS}")
     return image
+
+
+def _plain_jpeg(image: Image.Image, content: bytes) -> Image.Image | None:
+    """A JPEG without peculiarities, decoded at nearly twice Pillow's speed to the same pixels; None: ask Pillow."""
+    if image.format != "JPEG" or image.mode != "RGB" or image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        return None
+    try:
+        return Image.fromarray(simplejpeg.decode_jpeg(content, strict=True))
+    except ValueError:  # it calls every remark of libjpeg an error, of which Pillow forgives some
+        return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

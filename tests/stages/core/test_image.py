@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
 from stages.core.errors import InputError
@@ -86,6 +88,30 @@ def test_a_large_jpeg_is_reduced_faithfully() -> None:
     fast = decode(encoded(image, "JPEG", quality=95), "x", 64, "squash").astype(int)
     slow = np.asarray(image.resize((64, 64), Image.Resampling.BILINEAR)).astype(int)
     assert np.abs(fast - slow).mean() < 1.5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"subsampling": s, "quality": q} for s in (0, 1, 2) for q in (30, 95)]
+    + [{"progressive": True}, {"restart_marker_blocks": 2}, {"keep_rgb": True}, {"dpi": (72, 72), "comment": b"x"}],
+    ids=str,
+)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpegs_have_the_pixels_that_pillow_decodes(mode: str, options: dict[str, Any]) -> None:
+    if mode != "RGB" and "keep_rgb" in options:
+        options = {}
+    content = encoded(picture(7, size=(61, 61), mode=mode), "JPEG", **options)
+    expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    assert np.array_equal(decode(content, "x", 61), expected)
+
+
+def test_a_jpeg_that_pillow_forgives_is_decoded() -> None:
+    """libjpeg remarks on stray bytes before a marker; the picture is whole."""
+    content = encoded(picture(7, size=(61, 61)), "JPEG")
+    stray = content[:-2] + bytes(9) + content[-2:]
+    with pytest.raises(ValueError, match="extraneous bytes"):
+        simplejpeg.decode_jpeg(stray)
+    assert np.array_equal(decode(stray, "x", 61), decode(content, "x", 61))
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "BMP"])
