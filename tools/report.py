@@ -50,8 +50,8 @@ def _parse() -> argparse.Namespace:
     compared.add_argument(
         "--against",
         metavar="REV",
-        help="what to compare with: a git revision, an experiment, or `workspace` (default: of an experiment the commit "
-        "that it was made from, of the workspace HEAD, otherwise the last commit with other results)",
+        help="what to compare with: a git revision, an experiment, or `workspace` (default: of an experiment the "
+        "commit that it was made from, of the workspace HEAD, otherwise the last commit with other results)",
     )
     compared.add_argument("--alone", action="store_true", help="compare with nothing")
     parser.add_argument("--html", type=Path, default=Path("report/report.html"), metavar="FILE")

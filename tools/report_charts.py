@@ -14,8 +14,8 @@ from markupsafe import Markup
 
 _WIDTH, _HEIGHT = 360, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 14, 10, 42
-_LETTER = 6.4  # width of a letter of 11 px, about
-_LABEL = 16  # letters of a label of a heat map
+_LETTER = 7.0  # width of a letter of a heat map, about
+_LABEL = 18  # letters of a label of a heat map
 
 Points = Sequence[tuple[float, float]]
 
@@ -56,7 +56,7 @@ def chart(
     for value in y_ticks:
         _, y = at(x_low, value)
         parts.append(_line("grid", _LEFT, y, _WIDTH - _RIGHT, y))
-        parts.append(_text(_LEFT - 6, y + 4, f"{100 * value:g} %" if percent else f"{value:g}", "end"))
+        parts.append(_text(_LEFT - 6, y + 4, f"{100 * value:g}%" if percent else f"{value:g}", "end"))
     for value in x_ticks:
         x, _ = at(value, y_low)
         parts.append(_line("grid", x, _TOP, x, _HEIGHT - _BOTTOM))
@@ -167,18 +167,14 @@ def _drawn(series: Series, places: Points) -> Markup:
 
 
 def _cell(x: float, y: float, side: float, share: float, text: str, name: str) -> Markup:
+    area = Markup("x='{:.1f}' y='{:.1f}' width='{}' height='{}'").format(x + 0.5, y + 0.5, side - 1, side - 1)
+    ground = Markup("<rect class='cell empty' {}/>").format(area)
     if not share and not text:
-        return Markup("<rect class='cell empty' x='{:.1f}' y='{:.1f}' width='{}' height='{}'/>").format(
-            x + 0.5, y + 0.5, side - 1, side - 1
-        )
-    tone = "minus" if share < 0 else "plus"
-    strength = min(1.0, abs(share))
-    shown = Markup("<g><title>{}: {}</title><rect class='cell empty' x='{:.1f}' y='{:.1f}' width='{}' height='{}'/>").format(
-        name, text, x + 0.5, y + 0.5, side - 1, side - 1)  # fmt: skip
-    shown += Markup("<rect class='cell {}' x='{:.1f}' y='{:.1f}' width='{}' height='{}' fill-opacity='{:.2f}'/>").format(
-        tone, x + 0.5, y + 0.5, side - 1, side - 1, strength)  # fmt: skip
-    style = "strong" if strength > 0.75 else ""
-    return shown + _text(x + side / 2, y + side / 2 + 4, text, "middle", style=style) + Markup("</g>")
+        return ground
+    tone, strength = "minus" if share < 0 else "plus", min(1.0, abs(share))
+    colour = Markup("<rect class='cell {}' {} fill-opacity='{:.2f}'/>").format(tone, area, strength)
+    number = _text(x + side / 2, y + side / 2 + 4, text, "middle", style="strong" if strength > 0.75 else "")
+    return Markup("<g><title>{}: {}</title>{}{}{}</g>").format(name, text, ground, colour, number)
 
 
 def _line(style: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
@@ -192,5 +188,5 @@ def _text(x: float, y: float, text: str, anchor: str, title: str = "", style: st
 
 
 def _svg(width: float, height: float, label: str, parts: Sequence[Markup]) -> Markup:
-    return Markup("<svg viewBox='0 0 {:.0f} {:.0f}' style='max-width:{:.0f}px' role='img' aria-label='{}'>{}</svg>").format(
-        width, height, 1.35 * width, label, Markup("").join(parts))  # fmt: skip
+    size = Markup("viewBox='0 0 {:.0f} {:.0f}' style='max-width:{:.0f}px'").format(width, height, 1.35 * width)
+    return Markup("<svg {} role='img' aria-label='{}'>{}</svg>").format(size, label, Markup("").join(parts))

@@ -24,7 +24,10 @@ class Metric:
 
 @dataclass(frozen=True)
 class Difference:
-    """A line of the summary, its numbers as text; `mark` is better, worse, same, within chance, or nothing."""
+    """A line of the summary, its numbers as text.
+
+    `mark`: better, worse, same, within chance, other images, or nothing.
+    """
 
     label: str
     value: str
@@ -49,7 +52,7 @@ def metrics_of(run: Run) -> list[Metric]:
         name.split(".")[1] for name in run.metrics.get("metrics/drift.json", {}) if name.startswith("detection.")
     ]
     window = max(windows, key=int, default="50")
-    at = f"windows of {window}"
+    at = f"{window} images"
     return [
         Metric("evaluate", "top1", "Top-1 accuracy", "share", 1),
         Metric("evaluate", "macro_f1", "Macro F1", "number", 1),
@@ -80,8 +83,11 @@ def summary(run: Run, baseline: Run | None) -> list[Difference]:
         if new is None and old is None:
             continue
         mark = _mark(metric, new, old)
-        if metric.name == "top1" and baseline and mark in ("better", "worse") and chance(run, baseline) > CHANCE:
-            mark = "within chance"
+        if baseline and mark in ("better", "worse"):
+            if metric.name in ("top1", "macro_f1") and chance(run, baseline) > CHANCE:
+                mark = "within chance"
+            elif metric.file in ("evaluate", "drift") and metric.name != "top1" and not same_data(run, baseline):
+                mark = "other images"
         lines.append(
             Difference(
                 metric.label, written(new, metric.kind), written(old, metric.kind), _change(metric, new, old), mark,
@@ -105,10 +111,13 @@ def all_metrics(run: Run, baseline: Run | None) -> list[tuple[str, list[tuple[st
 def changed_params(run: Run, baseline: Run) -> list[tuple[str, str, str]]:
     """(name, value, value of the baseline) of the params that differ; '—' where there is none."""
     missing = object()
-    names = dict.fromkeys([*run.params, *baseline.params])
-    pairs = [(name, run.params.get(name, missing), baseline.params.get(name, missing)) for name in names]
-    return [(name, *("—" if value is missing else yaml_value(value) for value in both)) for name, *both in pairs
-            if both[0] != both[1]]  # fmt: skip
+    found = []
+    for name in dict.fromkeys([*run.params, *baseline.params]):
+        new, old = run.params.get(name, missing), baseline.params.get(name, missing)
+        if new != old:
+            texts = ["—" if value is missing else yaml_value(value) for value in (new, old)]
+            found.append((name, texts[0], texts[1]))
+    return found
 
 
 def yaml_value(value: Any) -> str:
@@ -123,7 +132,7 @@ def verdict(run: Run, baseline: Run | None) -> Verdict:
     if top1 is None or not num_images:
         return Verdict("No result yet", "There is no metrics/evaluate.json: run `dvc repro`.", "neutral")
     low, high = interval(top1, num_images)
-    alone = f"Top-1 {top1:.2%} of {num_images:,.0f} validation images (95 % interval {low:.1%} to {high:.1%})."
+    alone = f"Top-1 {top1:.2%} of {num_images:,.0f} validation images (95% interval {low:.1%} to {high:.1%})."
     old = baseline.metric("evaluate", "top1") if baseline else None
     if baseline is None or old is None:
         return Verdict(f"Top-1 {top1:.2%}", alone, "neutral")
@@ -134,24 +143,35 @@ def verdict(run: Run, baseline: Run | None) -> Verdict:
             return Verdict("Same predictions", f"{alone} Every image is judged as by the baseline.", "neutral")
         evidence = f"{gained:,} images that the baseline has wrong are right, {lost:,} the other way round"
     else:
-        evidence = "the validation images are not the same ones, so that the two numbers are compared as those of two samples"
+        evidence = (
+            "the validation images are not the same ones, so that the two numbers are compared as those of two samples"
+        )
     p = chance(run, baseline)
     evidence = f"{alone} The baseline has {old:.2%}; {evidence} (p = {p:.2g})."
     if p > CHANCE or points == 0:
         return Verdict("No clear difference", f"{evidence} Chance alone explains such a difference easily.", "neutral")
     size = f"{abs(points):.1f} points of top-1"
-    return Verdict(f"Better by {size}", evidence, "good") if points > 0 else Verdict(f"Worse by {size}", evidence, "bad")
+    return (
+        Verdict(f"Better by {size}", evidence, "good") if points > 0 else Verdict(f"Worse by {size}", evidence, "bad")
+    )
+
+
+def same_data(run: Run, baseline: Run) -> bool:
+    """Whether both used the same packed images."""
+    return run.hashes.get("data/processed") == baseline.hashes.get("data/processed")
 
 
 def paired(run: Run, baseline: Run) -> tuple[int, int] | None:
     """Images right here and wrong in the baseline, and the reverse; None where the validation images may be others."""
     ours, theirs = run.confusion, baseline.confusion
-    same_data = run.hashes.get("data/processed") == baseline.hashes.get("data/processed")
-    if not ours or not theirs or not same_data or (ours.classes, ours.actual) != (theirs.classes, theirs.actual):
+    if (
+        not ours
+        or not theirs
+        or not same_data(run, baseline)
+        or (ours.classes, ours.actual) != (theirs.classes, theirs.actual)
+    ):
         return None
-    right = [
-        (a == new, a == old) for a, new, old in zip(ours.actual, ours.predicted, theirs.predicted, strict=True)
-    ]
+    right = [(a == new, a == old) for a, new, old in zip(ours.actual, ours.predicted, theirs.predicted, strict=True)]
     return right.count((True, False)), right.count((False, True))
 
 
@@ -175,12 +195,15 @@ def chance(run: Run, baseline: Run) -> float:
 def sign_test(wins: int, losses: int) -> float:
     """Two-sided p-value of so uneven a split, were wins and losses equally likely; ties do not count."""
     total, fewer = wins + losses, min(wins, losses)
-    tail = sum(math.comb(total, k) for k in range(fewer + 1)) / 2**total
-    return min(1.0, 2 * tail)
+    ways = tail = 1
+    for k in range(fewer):
+        ways = ways * (total - k) // (k + 1)
+        tail += ways
+    return min(1.0, 2 * (tail / (1 << total)))
 
 
 def interval(share: float, count: float) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share of `count` images."""
+    """Wilson's 95% interval of a share of `count` images."""
     z = 1.959964
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))

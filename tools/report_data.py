@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -15,7 +16,6 @@ from ruamel.yaml.error import YAMLError
 
 from tools.report_source import Source
 
-Row = dict[str, str]
 Number = int | float
 Result = TypeVar("Result")
 
@@ -46,7 +46,11 @@ class Confusion:
 
 @dataclass(frozen=True)
 class Run:
-    """One run. `metrics` by file and dotted name, `curves` as (step, value), `hashes` of DVC's outs by path."""
+    """One run.
+
+    `metrics` by file and dotted name; the `params` that it ran with (`stale`: where params.yaml has others by now);
+    `curves` as (step, value); `hashes` of DVC's outs by path.
+    """
 
     source: Source
     metrics: dict[str, dict[str, Number]]
@@ -66,6 +70,7 @@ class Run:
     problems: list[str] = field(default_factory=list)
 
     def metric(self, file: str, name: str) -> Number | None:
+        """A number of metrics/FILE.json by its dotted name, if there."""
         return self.metrics.get(f"metrics/{file}.json", {}).get(name)
 
 
@@ -78,7 +83,7 @@ def read_run(source: Source) -> Run:
             return otherwise
         try:
             return parse(content.decode())
-        except (ValueError, KeyError, TypeError, AttributeError, YAMLError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, csv.Error, YAMLError) as error:
             problems.append(f"{path}: cannot be read: {' '.join(str(error).split())}")
             return otherwise
 
@@ -88,7 +93,8 @@ def read_run(source: Source) -> Run:
     pipeline: dict[str, Any] = parsed("dvc.yaml", _yaml, {})
     metrics: dict[str, dict[str, Number]] = {}
     for path in dict.fromkeys([*_METRICS, *_declared_metrics(pipeline)]):
-        if numbers := parsed(path, lambda text: flat_numbers(json.loads(text)), {}):
+        none: dict[str, Number] = {}
+        if numbers := parsed(path, lambda text: flat_numbers(json.loads(text)), none):
             metrics[path] = numbers
     curves = {}
     for name in _CURVES:
@@ -97,13 +103,14 @@ def read_run(source: Source) -> Run:
         if points := [(row["step"], row[column]) for row in rows if math.isfinite(row[column])]:
             curves[name] = points
     per_class = table("plots/evaluate/per_class.csv", "precision", "recall", "f1", "average_precision", "num_images")
-    params: dict[str, Any] = parsed("params.yaml", lambda text: flat(_yaml(text)), {})
-    lock: dict[str, Any] = parsed("dvc.lock", _yaml, {})
+    params: dict[str, Any] = parsed("params.yaml", lambda text: flat(_yaml(_masked(text))), {})
+    lock: dict[str, Any] = parsed("dvc.lock", lambda text: _yaml(_masked(text)), {})
+    ran_with = _params_of_lock(lock)
     return Run(
         source=source,
         metrics=metrics,
-        params=params,
-        params_text=(source.read("params.yaml") or b"").decode(errors="replace"),
+        params={name: ran_with.get(name, value) for name, value in params.items()},
+        params_text=_masked((source.read("params.yaml") or b"").decode(errors="replace")),
         curves=curves,
         confusion=parsed(
             "plots/evaluate/confusion.csv", lambda text: _confusion(text, [row["class"] for row in per_class]), None
@@ -116,7 +123,11 @@ def read_run(source: Source) -> Run:
         operators=table("data/profile/operators.csv", "calls_per_step", "flops_per_step"),
         pictures={name: content for name, path in _PICTURES.items() if (content := source.read(path)) is not None},
         hashes=_hashes(lock),
-        stale=_stale_params(lock, params),
+        stale=[
+            f"{name} (ran with {ran_with[name]}, now {value})"
+            for name, value in params.items()
+            if name in ran_with and ran_with[name] != value
+        ],
         problems=problems,
     )
 
@@ -182,11 +193,12 @@ def _hashes(lock: dict[str, Any]) -> dict[str, str]:
     return {out["path"]: out["md5"] for out in outs if out["path"].startswith(("data/", "models/"))}
 
 
-def _stale_params(lock: dict[str, Any], params: dict[str, Any]) -> list[str]:
-    """Params that are others now than when the stage that reads them ran."""
-    changed: dict[str, str] = {}
-    for stage in (lock.get("stages") or {}).values():
-        for name, value in flat((stage.get("params") or {}).get("params.yaml") or {}).items():
-            if name in params and params[name] != value:
-                changed[name] = f"{name} (ran with {value}, now {params[name]})"
-    return list(changed.values())
+def _params_of_lock(lock: dict[str, Any]) -> dict[str, Any]:
+    """The params that the stages ran with, by dotted names."""
+    sections = [(stage.get("params") or {}).get("params.yaml") or {} for stage in (lock.get("stages") or {}).values()]
+    return {name: value for section in sections for name, value in flat(section).items()}
+
+
+def _masked(text: str) -> str:
+    """Without the user and password of addresses: a report is shown to others."""
+    return re.sub(r"(?<=://)[^/\s@]+@", "***@", text)

@@ -14,22 +14,13 @@ from markupsafe import Markup
 from PIL import Image
 
 from tools import report_compare as compare
-from tools.report_charts import Series, chart, heat_map
+from tools import report_figures as figures
 from tools.report_data import Confusion, Run
 from tools.report_profile import Profile
 
 PICTURE_BYTES = 350_000  # of one picture, before base64 makes a third more of it
-_MAX_CLASSES = 40  # of a confusion matrix that is drawn; beyond, the list of confused pairs says more
-_MAX_DOTS = 2000
 _SHOWN_ROWS = 30  # of the per-class table; the others are folded
 _MANY = 10  # rows of a short list
-_CURVES = (
-    ("train/loss", "Training loss", "cross-entropy, nats", False),
-    ("val/loss", "Validation loss", "cross-entropy, nats", False),
-    ("val/top1", "Validation top-1", "share of images", True),
-    ("train/lr", "Learning rate", "", False),
-)
-_METHODS = (("detected", "driftline", "ours"), ("bbsds_ks", "softmax KS", "other"), ("embedding_mmd", "embedding MMD", "baseline"))  # fmt: skip
 _DRIFT_ROWS = (  # label, and the metric, @ for the window
     ("false alarms on clean images, mean", "false_alarms.@.mean"),
     ("the same, worst re-split", "false_alarms.@.worst"),
@@ -40,24 +31,23 @@ _DRIFT_ROWS = (  # label, and the metric, @ for the window
     ("error of the estimated accuracy", "estimate_error.adapted.@"),
     ("the same, by mean confidence", "estimate_error.average_confidence.@"),
     ("estimates whose interval holds the truth", "interval_coverage.@"),
-    ("harmful or benign, F1", "decisions.@.f1"),
+    ("harmful or benign, precision", "decisions.@.precision"),
+    ("harmful or benign, recall", "decisions.@.recall"),
 )
 
 
-def page(
-    run: Run, baseline: Run | None, profile: Profile | None, environment: list[tuple[str, str]], date: str
-) -> str:
+def page(run: Run, baseline: Run | None, profile: Profile | None, environment: list[tuple[str, str]], date: str) -> str:
     """The HTML page."""
     confusion, common = run.confusion, _common(run, baseline, environment, date)
     return _templates().get_template("report.html.j2").render(
         common,
-        curves=_curves(run, baseline),
-        confusion_maps=_confusion_maps(run, baseline) if confusion else [],
+        curves=figures.curves(run, baseline),
+        confusion_maps=figures.confusion_maps(run, baseline),
         num_classes=len(confusion.classes) if confusion else 0,
-        reliability=_reliability(run, baseline),
-        power=_power(run),
-        severity=_severity(run),
-        estimates=_estimates(run),
+        reliability=figures.reliability(run, baseline),
+        power=figures.power(run),
+        severity=figures.severity(run),
+        estimates=figures.estimates(run),
         profile=profile,
         category_bars=[(name, ms, f"{ms:.1f} ms") for name, ms in profile.categories] if profile else [],
         operator_bars=[
@@ -65,7 +55,8 @@ def page(
             for name, ms, calls in (profile.operators[:_MANY] if profile else ())
         ],
         confused_bars=[(f"{true} as {other}", count, str(count)) for true, other, count in common["confused"]],
-        drift_rows=_DRIFT_ROWS,
+        speed=_speed(run),
+        drift_rows=_drift_rows(run, baseline, common["windows"]),
         operators=run.operators[:_MANY],
         pictures={name: _inline(content) for name, content in run.pictures.items()},
     )  # fmt: skip
@@ -80,6 +71,7 @@ def markdown(run: Run, baseline: Run | None, environment: list[tuple[str, str]],
 def _common(run: Run, baseline: Run | None, environment: list[tuple[str, str]], date: str) -> dict[str, Any]:
     """What both templates show."""
     drift = run.metrics.get("metrics/drift.json", {})
+    params = compare.changed_params(run, baseline) if baseline else []
     windows = sorted((name.split(".")[1] for name in drift if name.startswith("detection.")), key=int)
     return {
         "run": run,
@@ -87,9 +79,10 @@ def _common(run: Run, baseline: Run | None, environment: list[tuple[str, str]], 
         "verdict": compare.verdict(run, baseline),
         "summary": compare.summary(run, baseline),
         "all_metrics": compare.all_metrics(run, baseline),
-        "params": compare.changed_params(run, baseline) if baseline else [],
+        "params": [one for one in params if "—" not in one[1:]],
+        "new_params": [one for one in params if "—" in one[1:]],
         "states": [_state(one) for one in (run, baseline) if one],
-        "same_data": baseline is None or run.hashes.get("data/processed") == baseline.hashes.get("data/processed"),
+        "same_data": baseline is None or compare.same_data(run, baseline),
         "per_class": _per_class(run, baseline),
         "shown_rows": _SHOWN_ROWS,
         "confused": _confused(run.confusion)[:_MANY] if run.confusion else [],
@@ -104,31 +97,32 @@ def _common(run: Run, baseline: Run | None, environment: list[tuple[str, str]], 
 def _templates() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
+        autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-    )  # nosec: the Markdown template escapes by its own filters
+    )
     environment.filters |= {"code": code, "fenced": fenced, "percent": lambda share: f"{share:.1%}"}
     return environment
 
 
-def code(text: object) -> str:
+def code(text: object) -> Markup:
     """Text as code in Markdown, inside a table too: whatever it holds, it is no markup, link, mention or HTML.
 
     A code span cannot hold every text, so this is HTML's element with every sign that means something escaped.
     """
     words = " ".join(str(text).split())
     words = words if len(words) <= 160 else f"{words[:159]}…"
-    escaped = re.sub(r"[^\w /,;=%?-]|_", lambda match: f"&#{ord(match[0])};", words)
-    return f"<code>{escaped}</code>"
+    special = r"(?i)(?<=www)\.|[^\w /,.;=%?+-]|(?<![^\W_])_|_(?![^\W_])"  # an underscore inside a word is harmless
+    escaped = re.sub(special, lambda match: f"&#{ord(match[0])};", words)
+    return Markup(f"<code>{escaped}</code>")  # noqa: S704  # every sign that means something is escaped
 
 
-def fenced(text: str) -> str:
+def fenced(text: str) -> Markup:
     """Text as a fenced block of Markdown, the fence longer than any inside it."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return f"{fence}yaml\n{text.rstrip()}\n{fence}"
+    return Markup(f"{fence}yaml\n{text.rstrip()}\n{fence}")  # noqa: S704  # a fenced block knows no markup
 
 
 def _state(run: Run) -> dict[str, Any]:
@@ -146,50 +140,6 @@ def _state(run: Run) -> dict[str, Any]:
     }
 
 
-def _curves(run: Run, baseline: Run | None) -> list[Markup]:
-    drawn = []
-    for name, title, unit, percent in _CURVES:
-        series = []
-        if baseline and name in baseline.curves:
-            series.append(Series("baseline", baseline.curves[name], "baseline"))
-        if name in run.curves:
-            series.append(Series("this run", run.curves[name]))
-        if series:
-            drawn.append(chart(title, "step", unit, series, percent=percent))
-    return drawn
-
-
-def _confusion_maps(run: Run, baseline: Run | None) -> list[Markup]:
-    """The matrix as shares of the true class, and its difference to the baseline's where classes are the same."""
-    confusion = run.confusion
-    if confusion is None or len(confusion.classes) > _MAX_CLASSES:
-        return []
-    ours = _shares(confusion)
-    text = [[f"{100 * share:.0f}" if share else "" for share in row] for row in ours]
-    classes = confusion.classes
-    maps = [heat_map("Share of the true class, %", classes, classes, ours, text, "predicted", "true")]
-    if baseline and baseline.confusion and baseline.confusion.classes == confusion.classes:
-        theirs = _shares(baseline.confusion)
-        change = [[a - b for a, b in zip(*rows, strict=True)] for rows in zip(ours, theirs, strict=True)]
-        # Off the diagonal more is worse: the sign is turned there, so that one colour is good everywhere.
-        tone = [
-            [4 * (value if row == column else -value) for column, value in enumerate(values)]
-            for row, values in enumerate(change)
-        ]
-        text = [[f"{100 * value:+.0f}" if abs(value) >= 0.005 else "" for value in row] for row in change]
-        tone = [[value if said else 0.0 for value, said in zip(*rows, strict=True)]
-                for rows in zip(tone, text, strict=True)]  # fmt: skip
-        title = "Change against the baseline, points"
-        maps.append(
-            heat_map(title, classes, classes, tone, text, "predicted", "true", style="change")
-        )
-    return maps
-
-
-def _shares(confusion: Confusion) -> list[list[float]]:
-    return [[count / max(1, sum(row)) for count in row] for row in confusion.counts()]
-
-
 def _confused(confusion: Confusion) -> list[tuple[str, str, int]]:
     """(true, predicted, images), the most frequent first."""
     pairs = Counter((a, p) for a, p in zip(confusion.actual, confusion.predicted, strict=True) if a != p)
@@ -205,67 +155,30 @@ def _per_class(run: Run, baseline: Run | None) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["f1"])
 
 
-def _reliability(run: Run, baseline: Run | None) -> list[Markup]:
-    if not run.reliability:
-        return []
-    whole = (0.0, 1.0)
-    series = [Series("perfect", [(0, 0), (1, 1)], "ideal")]
-    if baseline and baseline.reliability:
-        series.append(Series("baseline", [(row["confidence"], row["accuracy"]) for row in baseline.reliability], "baseline"))  # fmt: skip
-    series.append(Series("this run", [(row["confidence"], row["accuracy"]) for row in run.reliability]))
-    counts = [Series(name, [(row["confidence"], row["num_images"]) for row in one.reliability], style)
-              for one, name, style in ((baseline, "baseline", "baseline"), (run, "this run", "ours")) if one]  # fmt: skip
-    return [
-        chart("Reliability", "mean confidence of the bin", "right", series, whole, whole, percent=True),
-        chart("Images by confidence", "mean confidence of the bin", "images", counts, whole),
-    ]
+def _speed(run: Run) -> str:
+    """The numbers of metrics/profile.json in a sentence; '' where there are none."""
+    phrases = {
+        "images_per_second": "{:,.0f} training images a second",
+        "step_ms_p50": "{:,.0f} ms a step (median)",
+        "step_ms_p95": "{:,.0f} ms at the 95th percentile",
+        "data_wait_share": "{:.1%} of it waiting for data",
+        "peak_memory_mb": "{:,.0f} MB at the peak",
+        "flops_per_image": "{:,.3g} FLOPs a training image",
+    }
+    found = ((phrase, run.metric("profile", name)) for name, phrase in phrases.items())
+    return ", ".join(phrase.format(value) for phrase, value in found if value is not None)
 
 
-def _power(run: Run) -> list[Markup]:
-    """Detection against severity, a chart a window size."""
-    windows = sorted({row["window"] for row in run.power})
-    return [
-        chart(
-            f"Windows of {window:.0f} images",
-            "severity of the drift",
-            "with an alarm",
-            [
-                Series(name, [(row["severity"], row[column]) for row in run.power if row["window"] == window], style)
-                for column, name, style in reversed(_METHODS)
-            ],
-            y_range=(0, 1),
-            percent=True,
-        )
-        for window in windows
-    ]
-
-
-def _severity(run: Run) -> Markup | None:
-    """Accuracy by kind and severity of drift; the colour is the loss against clean images."""
-    if not run.severity:
-        return None
-    clean = run.metric("drift", "clean_accuracy") or 1.0
-    kinds = list(dict.fromkeys(row["kind"] for row in run.severity))
-    levels = sorted({row["severity"] for row in run.severity})
-    found = {(row["kind"], row["severity"]): row["accuracy"] for row in run.severity}
-    accuracy = [[found.get((kind, level)) for level in levels] for kind in kinds]
-    loss = [[min(0.0, value - clean) if value is not None else 0.0 for value in row] for row in accuracy]
-    text = [["" if value is None else f"{100 * value:.0f}" for value in row] for row in accuracy]
-    names = [kind.replace("_", " ") for kind in kinds]
-    title = "Accuracy under simulated drift, %"
-    return heat_map(title, names, [f"{level:.0f}" for level in levels], loss, text, x_label="severity", tall_labels=False)  # fmt: skip
-
-
-def _estimates(run: Run) -> Markup | None:
-    """Estimated against true accuracy, a dot a window, of the largest windows."""
-    if not run.estimates:
-        return None
-    window = max(row["window"] for row in run.estimates)
-    points = [(row["true"], min(1.0, max(0.0, row["estimated"]))) for row in run.estimates if row["window"] == window]
-    points = points[:: -(-len(points) // _MAX_DOTS)]
-    series = [Series("exact", [(0, 0), (1, 1)], "ideal"), Series("a window", points, "ours", joined=False)]
-    title = f"Accuracy of windows of {window:.0f}"
-    return chart(title, "true accuracy", "estimated", series, (0, 1), (0, 1), percent=True)
+def _drift_rows(run: Run, baseline: Run | None, windows: list[str]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(label, a value and the baseline's by window); '' where the baseline has none."""
+    rows = []
+    for label, name in _DRIFT_ROWS:
+        names = [name.replace("@", window) for window in windows]
+        old = [baseline.metric("drift", name) if baseline else None for name in names]
+        new = [compare.written(run.metric("drift", name), "share") for name in names]
+        cells = [(a, "" if b is None else compare.written(b, "share")) for a, b in zip(new, old, strict=True)]
+        rows.append((label, cells))
+    return rows
 
 
 def _inline(content: bytes) -> str | None:

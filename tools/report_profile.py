@@ -63,7 +63,7 @@ def _profile(events: list[dict[str, Any]]) -> Profile | None:
     by_operator: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for kind, name, microseconds in times:
         by_category[kind] += microseconds
-        if kind != _NO_OPERATOR:
+        if kernels or "::" in name:
             by_operator[name][0] += microseconds
             by_operator[name][1] += 1
     total = sum(event["dur"] for event in steps)

@@ -31,6 +31,7 @@ class Source:
 
     @property
     def is_workspace(self) -> bool:
+        """Whether it is the files here, committed or not."""
         return self.name == WORKSPACE
 
 
@@ -129,7 +130,7 @@ def _changed_files() -> tuple[str, ...]:
 
 def _git(*arguments: str) -> str:
     """Standard output; empty where git fails, as it does without a repository or a commit."""
-    result = subprocess.run(["git", *arguments], capture_output=True, encoding="utf-8", errors="replace")  # noqa: S603
+    result = subprocess.run(["git", *arguments], capture_output=True, encoding="utf-8", errors="replace")  # noqa: S603, S607
     return result.stdout.strip("\n") if result.returncode == 0 else ""
 
 
@@ -157,8 +158,8 @@ def _reader(commit: str) -> Callable[[str], bytes | None]:
             return None
         if info["type"] != "file":
             return None
-        if not info.get("isdvc"):
+        if "fs_info" in info:  # in git
             return bytes(files.cat(path))
-        return _read_file(cache.oid_to_path(info["md5"]))
+        return _read_file(cache.oid_to_path(info["md5"])) if info.get("md5") else None
 
     return read
