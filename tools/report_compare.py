@@ -157,8 +157,9 @@ def verdict(run: Run, baseline: Run | None) -> Verdict:
 
 
 def same_data(run: Run, baseline: Run) -> bool:
-    """Whether both used the same packed images."""
-    return run.hashes.get("data/processed") == baseline.hashes.get("data/processed")
+    """Whether both used the same packed images, as far as dvc.lock tells."""
+    packed = run.hashes.get("data/processed")
+    return packed is not None and packed == baseline.hashes.get("data/processed")
 
 
 def paired(run: Run, baseline: Run) -> tuple[int, int] | None:

@@ -194,8 +194,12 @@ def _hashes(lock: dict[str, Any]) -> dict[str, str]:
 
 
 def _params_of_lock(lock: dict[str, Any]) -> dict[str, Any]:
-    """The params that the stages ran with, by dotted names."""
-    sections = [(stage.get("params") or {}).get("params.yaml") or {} for stage in (lock.get("stages") or {}).values()]
+    """The params that the stages ran with, by dotted names.
+
+    Of `profile`, which also reads those of train, the others' have precedence: it may have run at another time.
+    """
+    stages = sorted((lock.get("stages") or {}).items(), key=lambda one: one[0] != "profile")
+    sections = [(stage.get("params") or {}).get("params.yaml") or {} for _, stage in stages]
     return {name: value for section in sections for name, value in flat(section).items()}
 
 

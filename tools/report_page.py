@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import re
 from collections import Counter
@@ -94,6 +95,7 @@ def _common(run: Run, baseline: Run | None, environment: list[tuple[str, str]], 
     }
 
 
+@functools.cache
 def _templates() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -189,13 +191,17 @@ def _inline(content: bytes) -> str | None:
     except (OSError, Image.DecompressionBombError):
         return None
     image.thumbnail((1600, 16000))
-    quality = 86
-    while True:
-        buffer = io.BytesIO()
-        image.save(buffer, "WEBP", quality=quality, method=4)
-        if buffer.tell() <= PICTURE_BYTES:
-            return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-        if quality > 50:
-            quality -= 12
-        else:
-            image = image.resize((max(1, image.width * 3 // 4), max(1, image.height * 3 // 4)))
+    for quality in (86, 60):
+        if len(encoded := _webp(image, quality)) <= PICTURE_BYTES:
+            break
+    while len(encoded) > PICTURE_BYTES:
+        scale = 0.95 * (PICTURE_BYTES / len(encoded)) ** 0.5
+        image = image.resize((max(1, int(scale * image.width)), max(1, int(scale * image.height))))
+        encoded = _webp(image, quality)
+    return f"data:image/webp;base64,{base64.b64encode(encoded).decode()}"
+
+
+def _webp(image: Image.Image, quality: int) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=quality, method=2)
+    return buffer.getvalue()
