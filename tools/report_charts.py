@@ -86,7 +86,7 @@ def heat_map(
     style: a further class of the page.
     tall_labels: the columns' names stand aslant, for long ones.
     """
-    cell = 30 if len(columns) <= 24 else 22
+    cell = 30
     left = 8 + _LETTER * min(_LABEL, max((len(name) for name in rows), default=0)) + (18 if y_label else 0)
     longest = min(_LABEL, max((len(name) for name in columns), default=0))
     top = (10 + 0.72 * _LETTER * longest if tall_labels else 18) + (16 if x_label else 0)
@@ -114,7 +114,7 @@ def heat_map(
         for column, other in enumerate(columns):
             parts.append(_cell(left + cell * column, y, cell, shares[row][column], texts[row][column],
                                f"{name} / {other}"))  # fmt: skip
-    drawing = _svg(width, height, Markup("{}").format(title), [part for part in parts if part])
+    drawing = _svg(width, height, title, parts, min_width=0.8 * width)
     return Markup("<figure class='map {}'><figcaption>{}</figcaption><div class='scroll'>{}</div></figure>").format(
         style, title, drawing
     )
@@ -187,6 +187,7 @@ def _text(x: float, y: float, text: str, anchor: str, title: str = "", style: st
     return Markup("<text x='{:.1f}' y='{:.1f}' text-anchor='{}'{}>{}{}</text>").format(x, y, anchor, kind, text, more)
 
 
-def _svg(width: float, height: float, label: str, parts: Sequence[Markup]) -> Markup:
-    size = Markup("viewBox='0 0 {:.0f} {:.0f}' style='max-width:{:.0f}px'").format(width, height, 1.35 * width)
+def _svg(width: float, height: float, label: str, parts: Sequence[Markup], min_width: float = 0) -> Markup:
+    limits = Markup("min-width:{:.0f}px;max-width:{:.0f}px").format(min_width, 1.35 * width)
+    size = Markup("viewBox='0 0 {:.0f} {:.0f}' style='{}'").format(width, height, limits)
     return Markup("<svg {} role='img' aria-label='{}'>{}</svg>").format(size, label, Markup("").join(parts))

@@ -18,7 +18,7 @@ class Metric:
     file: str
     name: str
     label: str
-    kind: str  # share, number, count, speed
+    kind: str  # share, number, count, speed, giga (shown in 10^9)
     better: int = 0
 
 
@@ -70,7 +70,7 @@ def metrics_of(run: Run) -> list[Metric]:
         Metric("profile", "step_ms_p50", "Training step, median (ms)", "speed", -1),
         Metric("profile", "data_wait_share", "Waiting for data", "share", -1),
         Metric("profile", "peak_memory_mb", "Peak memory (MB)", "speed", -1),
-        Metric("profile", "flops_per_image", "FLOPs per training image", "count"),
+        Metric("profile", "flops_per_image", "GFLOP per training image", "giga"),
     ]
 
 
@@ -147,7 +147,8 @@ def verdict(run: Run, baseline: Run | None) -> Verdict:
             "the validation images are not the same ones, so that the two numbers are compared as those of two samples"
         )
     p = chance(run, baseline)
-    evidence = f"{alone} The baseline has {old:.2%}; {evidence} (p = {p:.2g})."
+    likely = "< 0.001" if p < 0.001 else f"= {p:.2g}"
+    evidence = f"{alone} The baseline has {old:.2%}; {evidence} (p {likely})."
     if p > CHANCE or points == 0:
         return Verdict("No clear difference", f"{evidence} Chance alone explains such a difference easily.", "neutral")
     size = f"{abs(points):.1f} points of top-1"
@@ -219,6 +220,8 @@ def written(value: Number | None, kind: str) -> str:
         return f"{value:.2%}"
     if kind == "count":
         return f"{value:,.0f}"
+    if kind == "giga":
+        return f"{value / 1e9:,.3f}"
     return f"{value:.4f}" if kind == "number" else f"{value:,.1f}"
 
 
@@ -231,8 +234,8 @@ def _change(metric: Metric, new: Number | None, old: Number | None) -> str:
         return ""
     if metric.kind == "share":
         return f"{100 * (new - old):+.2f} points"
-    if metric.kind == "speed":
-        return f"{100 * (new / old - 1):+.1f} %" if old else ""
+    if metric.kind in ("speed", "giga"):
+        return f"{new / old - 1:+.1%}" if old else ""
     return f"{new - old:+,.0f}" if metric.kind == "count" else f"{new - old:+.4f}"
 
 
