@@ -165,9 +165,8 @@ def _speed(run: Run) -> str:
         "step_ms_p95": "{:,.0f} ms at the 95th percentile",
         "data_wait_share": "{:.1%} of it waiting for data",
         "peak_memory_mb": "{:,.0f} MB at the peak",
-        "flops_per_image": "{:,.3g} FLOPs a training image",
     }
-    found = ((phrase, run.metric("profile", name)) for name, phrase in phrases.items())
+    found = [(phrase, run.metric("profile", name)) for name, phrase in phrases.items()]
     return ", ".join(phrase.format(value) for phrase, value in found if value is not None)
 
 
