@@ -105,7 +105,7 @@ def _resolve_experiment(name: str) -> tuple[str, str, str]:
     if found:
         commits = ", ".join(commit[:7] for commit, _, _ in found)
         raise InputError(f"{name!r}: {len(found)} experiments have this name; say which by its commit: {commits}")
-    names = [label for _, label, _ in _experiments()]
+    names = ["HEAD", WORKSPACE, *(label for _, label, _ in _experiments())]
     names += _git("for-each-ref", "--format=%(refname:short)", "refs/heads", "refs/tags", "refs/remotes").split()
     close = difflib.get_close_matches(name, names, n=3)
     advice = f"did you mean {' or '.join(close)}?" if close else "`git log` and `dvc exp show` list what there is"

@@ -213,6 +213,8 @@ def test_the_nearest_names_are_told(compared: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(compared)
     with pytest.raises(InputError, match="'other-sead': no such git revision or experiment; did you mean other-seed"):
         open_source("other-sead")
+    with pytest.raises(InputError, match="did you mean HEAD"):
+        open_source("HAED")
     for name in ("-n", "no/such/thing", "HEAD~99", "refs/exps"):
         with pytest.raises(InputError, match=f"{name!r}: no such git revision or experiment"):
             open_source(name)
