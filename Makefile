@@ -1,6 +1,6 @@
 # `make help` lists the verbs. All of them work on a machine that has Python 3.11, make and git.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-slow lint format exp show dag plots bench drift-demo lock clean
+.PHONY: help setup repro test test-slow lint format exp show dag plots report bench drift-demo lock clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -57,6 +57,9 @@ dag: setup ## draw the pipeline
 plots: setup ## draw all plots into one page
 	dvc plots show
 
+report: setup ## one page about a run: make report [REV=experiment] [AGAINST=revision]
+	python -m tools.report $(REV) $(if $(AGAINST),--against '$(AGAINST)')
+
 bench: setup ## compare speed with hand-written loops: make bench DATA=/path/to/images.tgz
 	python -m tools.benchmark $(if $(DATA),--data '$(DATA)')
 
@@ -69,5 +72,5 @@ lock: setup ## resolve pyproject.toml into requirements.txt again (needs the pac
 	sed -i.old "/sys_platform == 'never'/d" requirements.txt && rm requirements.txt.old
 
 clean: ## remove the virtual environment and everything that the pipeline made (not DVC's cache)
-	rm -rf $(VENV) data models dvc_plots benchmarks metrics/profile.json .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) data models dvc_plots benchmarks report metrics/profile.json .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,6 @@
 """Does retraining do what it should, whatever comes? 28 scenarios on the generated sample, each in a clone of its own.
 
-    python -m tools.benchmark_retrain                     all of them (about an hour on 2 cores)
+    python -m tools.benchmark_retrain                     all of them (1 to 2 hours on 2 cores)
     python -m tools.benchmark_retrain --only clean,label  those whose names contain one of these
     python -m tools.benchmark_retrain --out FILE.json     every number
 
