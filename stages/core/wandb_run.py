@@ -9,14 +9,19 @@ import csv
 import hashlib
 import json
 import os
+import queue
 import subprocess
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from stages.core.wandb_access import SECONDS_TO_ANSWER
 
+_SECONDS_TO_TAKE = 2.0  # that W&B has for a question about an artifact
+_FLUSH_SECONDS = 0.2  # between two times that wandb writes to the disk
 _MAX_ROWS = 10_000  # of a table
 
 
@@ -43,9 +48,9 @@ def open_run(start: dict[str, Any], mode: Literal["offline", "online"]) -> Any:
         program=f"stages/{start['stage']}.py",
         x_stats_pid=start["pid"],
         x_stats_sampling_interval=5.0,
-        x_transaction_log_flush_interval=1.0,  # a killed run has all but its last second on the disk
+        x_transaction_log_flush_interval=_FLUSH_SECONDS,
     )
-    run = wandb.init(
+    return wandb.init(
         mode=mode,
         project=start["project"],
         entity=start["entity"],
@@ -57,9 +62,6 @@ def open_run(start: dict[str, Any], mode: Literal["offline", "online"]) -> Any:
         config=start["params"] | facts,
         settings=settings,
     )
-    if model and mode == "online":  # offline, wandb cannot say what a run uses: model_sha256 does
-        run.use_artifact(_artifact(model))
-    return run
 
 
 def log(run: Any, start: dict[str, Any], message: dict[str, Any]) -> None:
@@ -93,12 +95,45 @@ def model(run: Any, start: dict[str, Any], message: dict[str, Any]) -> None:
     groups.mkdir(parents=True, exist_ok=True)
     (groups / sha256).write_text(start["group"])
     run.config.update({"model_sha256": sha256}, allow_val_change=True)
-    run.log_artifact(_artifact(folder), aliases=["latest", sha256[:12]])
+    artifact = _artifact(folder)
+    patiently(lambda: run.log_artifact(artifact, aliases=["latest", sha256[:12]]), "the model")
 
 
 def end(run: Any, start: dict[str, Any], message: dict[str, Any]) -> None:
     """Finish the run; the time that this may take is watched elsewhere."""
-    run.finish(exit_code=message["exit_code"])
+    import wandb
+
+    if not run.offline:  # if sending gets stuck, all metrics are on the disk: while it finishes, wandb writes nothing
+        run.log({}, commit=True)
+        time.sleep(2 * _FLUSH_SECONDS)
+    try:
+        # Offline, wandb cannot say what a run uses; there model_sha256 links the runs.
+        if start["model"] and not run.offline and message["exit_code"] == 0:
+            artifact = _artifact(Path(start["model"]))
+            patiently(lambda: run.use_artifact(artifact), "the link to the model")
+    finally:
+        run.finish(exit_code=message["exit_code"])
+        wandb.teardown()  # only then is everything on the disk
+
+
+def patiently(call: Callable[[], object], what: str) -> None:
+    """Make a call that waits for W&B, but not long: what comes after it must reach the disk in any case."""
+    ended: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            call()
+            ended.put(None)
+        except Exception as error:
+            ended.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        error = ended.get(timeout=_SECONDS_TO_TAKE)
+    except queue.Empty:
+        raise TimeoutError(f"W&B did not take {what} within {_SECONDS_TO_TAKE:g} s") from None
+    if error is not None:
+        raise error
 
 
 VERBS = {"log": log, "results": results, "model": model, "end": end}
