@@ -15,9 +15,10 @@ from typing import Annotated, cast
 from pydantic import Field, field_validator
 
 from stages.core.errors import InputError, run_main
+from stages.core.mirror import WandbParams, open_mirror
 from stages.core.params import Section, load_params
 from stages.core.recipe import Precision, Probability
-from stages.core.runtime import RuntimeParams
+from stages.core.runtime import RuntimeParams, cache_dir
 
 METRICS = Path("metrics/drift.json")
 PLOTS = Path("plots/drift")
@@ -53,6 +54,7 @@ class Params(Section):
 
     drift: DriftParams
     runtime: RuntimeParams
+    wandb: WandbParams
 
 
 def main(params: Params) -> None:
@@ -81,7 +83,8 @@ def main(params: Params) -> None:
         raise InputError(f"{model.CLASSIFIER} was trained on other classes than data/processed has; run `dvc repro`")
     if len(labels) < FEWEST_IMAGES:
         raise InputError(f"data/processed: {len(labels)} validation images; a detector needs at least {FEWEST_IMAGES}")
-    with stage_summary("drift") as made:
+    mirrored = open_mirror("drift", params.wandb, cache_dir(params.runtime), params, model=model.CLASSIFIER)
+    with stage_summary("drift") as made, mirrored as mirror:
         extractor = Extractor(network, spec, precision.resolve(knobs.precision, where), where)
         clean = extractor.features(images)
         rng = np.random.default_rng(knobs.seed)
@@ -144,6 +147,7 @@ def main(params: Params) -> None:
         write_bytes(PLOTS / "power.png", drift_figures.power_curves(powers, knobs.alpha))
         write_bytes(PLOTS / "estimates.png", drift_figures.estimates(estimates))
         write_bytes(PLOTS / "corruptions.png", drift_figures.contact_sheet(images[check_on[0]], knobs.seed))
+        mirror.results(METRICS, PLOTS)
         made.extend(drift_summary.lines(summary))
 
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from stages.core.errors import InputError, run_main
+from stages.core.mirror import WandbParams, open_mirror
 from stages.core.params import Section, load_params
 from stages.core.recipe import Precision
-from stages.core.runtime import RuntimeParams, num_workers
+from stages.core.runtime import RuntimeParams, cache_dir, num_workers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,6 +41,7 @@ class Params(Section):
 
     evaluate: EvaluateParams
     runtime: RuntimeParams
+    wandb: WandbParams
 
 
 def main(params: Params) -> None:
@@ -64,7 +66,8 @@ def main(params: Params) -> None:
             f"{model.CLASSIFIER} was trained on other classes than {len(meta.classes)} in data/processed "
             f"({', '.join(meta.class_ids[:3])}, ...); run `dvc repro`"
         )
-    with stage_summary("evaluate") as made:
+    mirrored = open_mirror("evaluate", params.wandb, cache_dir(params.runtime), params, model=model.CLASSIFIER)
+    with stage_summary("evaluate") as made, mirrored as mirror:
         batch_size = params.evaluate.batch_size
         source = open_source(split, where, params.runtime.resident, num_workers(params.runtime))
         batches = evaluation_batches(source, spec.mean, spec.std, spec.image_size, batch_size, policy.dtype)
@@ -97,6 +100,7 @@ def main(params: Params) -> None:
         write_text(PLOTS / "per_class.csv", as_csv(metrics.per_class(probabilities, split.labels, spec.classes)))
         write_bytes(PLOTS / "mistakes.png", figures.mistakes(split.images[worst], captions))
         write_json(METRICS, results | {"num_images": len(split.labels)})
+        mirror.results(METRICS, PLOTS)
         made.append(", ".join(f"{name} {value:.4f}" for name, value in results.items()))
         made.append(f"{(predicted != split.labels).sum()} mistakes in {len(split.labels):,} images")
 

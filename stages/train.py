@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.core.errors import InputError, run_main
+from stages.core.mirror import NoMirror, WandbParams, open_mirror
 from stages.core.params import Section, load_params
 from stages.core.recipe import ModelParams, TrainParams
 from stages.core.runtime import RuntimeParams, cache_dir, num_workers
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from stages.core.dataset import PackMeta
     from stages.core.distributed import World
     from stages.core.loader import Source
+    from stages.core.mirror import Mirror
     from stages.core.session import Session
     from stages.core.stopping import StopRequest
 
@@ -38,6 +40,7 @@ class Params(Section):
     model: ModelParams
     train: TrainParams
     runtime: RuntimeParams
+    wandb: WandbParams
 
 
 def main(params: Params) -> None:
@@ -72,10 +75,14 @@ def _train(params: Params, where: torch.device, world: World, stop: StopRequest)
     )
     with ExitStack() as stack:
         made: list[str] = []
+        mirror: Mirror | NoMirror = NoMirror()
         if world.writes:
             made = stack.enter_context(stage_summary("train"))
             stack.enter_context(session.store.locked())
-            session.tracker = stack.enter_context(Tracker(METRICS))
+            group = f"train-{session.store.folder.name[:12]}"
+            where_to = cache_dir(params.runtime)
+            mirror = stack.enter_context(open_mirror("train", params.wandb, where_to, params, group=group))
+            session.tracker = stack.enter_context(Tracker(METRICS, mirror))
         session.take_up(where)
         while session.epoch < params.train.epochs:
             speed = _train_epoch(session, train, meta)
@@ -97,6 +104,7 @@ def _train(params: Params, where: torch.device, world: World, stop: StopRequest)
                 std=meta.std,
             )
             model.save(model.CLASSIFIER, session.trainer.average.module, spec)
+            mirror.model(model.CLASSIFIER)
             session.store.remove()
         made.append(f"{params.model.name} on {world.describe()} in {session.trainer.policy.dtype}")
         made.append(f"val top-1 {val_top1:.4f}")

@@ -20,7 +20,19 @@ from stages.core.errors import InputError
 PARAMS_FILE = Path("params.yaml")
 
 # Every section that params.yaml may have. A stage reads only some of them, so that a misspelt one needs this list.
-SECTIONS = ("data", "sample", "preprocess", "model", "train", "evaluate", "profile", "drift", "retrain", "runtime")
+SECTIONS = (
+    "data",
+    "sample",
+    "preprocess",
+    "model",
+    "train",
+    "evaluate",
+    "profile",
+    "drift",
+    "retrain",
+    "runtime",
+    "wandb",
+)
 
 
 class Section(BaseModel):

@@ -10,6 +10,8 @@ from typing import NamedTuple
 from dvclive import Live
 from scmrepo.exceptions import SCMError
 
+from stages.core.mirror import Mirror, NoMirror
+
 
 class Record(NamedTuple):
     """Metrics at an optimizer step; without `history` only their latest values are kept."""
@@ -31,12 +33,14 @@ class NoTracker:
 class Tracker:
     """Logs metrics by optimizer step into `folder`: metrics.json (latest) and plots/metrics/**.tsv (history).
 
-    `records` is all that was logged: logging it again gives the same files, which is how a resumed run starts.
+    `mirror` is told the same. `records` is all that was logged: logging it again gives the same files, which is how a
+    resumed run starts.
     DVCLive must not touch dvc.yaml (our stages own it) nor make an experiment of its own (DVC makes them).
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, mirror: Mirror | NoMirror) -> None:
         self._live = _Live(str(folder), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False)
+        self._mirror = mirror
         self.records: list[Record] = []
 
     def log(self, step: int, metrics: dict[str, float], history: bool = True) -> None:
@@ -46,6 +50,7 @@ class Tracker:
         for name, value in metrics.items():
             self._live.log_metric(name, value, plot=history)
         self._live.make_summary()  # type: ignore[no-untyped-call]  # or metrics.json would tell nothing before the end
+        self._mirror.log(step, metrics, history)
 
     def __enter__(self) -> Tracker:
         return self
