@@ -70,9 +70,8 @@ def plan(recipes: Sequence[str], words: Sequence[str]) -> Plan:
         shown = " ".join(f"{key}={settings.quoted(value)}" for key, value in chosen.items())
         where = settings.origin(names, overrides=bool(fixed or sweeps))
         settings.check(settings.changed(composed, chosen), f"{where} ({shown})" if shown else where)
-    changed = {key: value for key, value in settings.differences(composed).items() if key not in sweeps}
-    # What was typed is handed on in any case, so that the command that is printed can be recognised.
-    return Plan(fixed | changed, sweeps)
+    differing = settings.differences(composed)
+    return Plan({key: value for key, value in differing.items() if key not in sweeps}, sweeps)
 
 
 def _values(override: Override) -> list[Value]:

@@ -123,7 +123,7 @@ def compose_params(recipes: Sequence[str], settings: Mapping[str, Value]) -> dic
 
 
 def check(params: Mapping[str, Any], where: str) -> None:
-    """Check every section as the stages will, so that a wrong value costs nothing; an InputError begins with `where`."""
+    """Check every section as the stages will, so that a wrong value costs nothing; `where` begins the InputError."""
     stages = YAML(typ="safe", pure=True).load(Path("dvc.yaml"))["stages"].values()
     found = re.findall(r"\bpython -m (stages\.\w+)", " ".join(str(stage.get("cmd", "")) for stage in stages))
     for name in [*found, "tools.retrain"]:
