@@ -7,6 +7,7 @@ share live beside the code that they steer (`recipe.py`, `runtime.py`).
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,6 +50,11 @@ def load_params(model: type[SectionType], path: Path = PARAMS_FILE) -> SectionTy
 
     Raises InputError with one line a mistake, each naming its key and what is valid.
     """
+    return check_params(model, read_params(path), str(path))
+
+
+def read_params(path: Path = PARAMS_FILE) -> dict[str, Any]:
+    """The sections of a YAML 1.2 file, unchecked. InputError when there is no such file, or it holds no sections."""
     try:
         document = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -57,13 +63,18 @@ def load_params(model: type[SectionType], path: Path = PARAMS_FILE) -> SectionTy
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
         raise InputError(f"{path}: expected sections ({', '.join(SECTIONS)}), found {document!r}")
+    return document
+
+
+def check_params(model: type[SectionType], document: Mapping[str, Any], where: str) -> SectionType:
+    """The sections that `model` names, checked; `where` they come from begins the message of the InputError."""
     mistakes = [f"{key}: unknown section{_nearest(str(key), SECTIONS)}" for key in document if key not in SECTIONS]
     try:
         params = model.model_validate({key: document[key] for key in model.model_fields if key in document})
     except ValidationError as error:
         mistakes += [_explain(details, model) for details in error.errors()]
     if mistakes:
-        raise InputError("\n  ".join([f"{path}:", *mistakes]) if len(mistakes) > 1 else f"{path}: {mistakes[0]}")
+        raise InputError("\n  ".join([f"{where}:", *mistakes]) if len(mistakes) > 1 else f"{where}: {mistakes[0]}")
     return params
 
 
