@@ -1,0 +1,45 @@
+#!/bin/sh
+# Before the command: put the Google Drive key where dvc finds it and no stage's environment shows it.
+#
+# GDRIVE_CREDENTIALS_DATA        the text of the service account's JSON key, or
+# /run/secrets/gdrive-key.json   that file, mounted (GDRIVE_KEY_FILE names another place)
+# CI_MODE=1                      for unattended runs: no prompt, plain output, one line of what runs where
+set -eu
+umask 077
+key="no"
+
+fail() { echo "docker-entrypoint: $*" >&2; exit 2; }
+
+[ -w "$HOME" ] || { HOME=$(mktemp -d) && export HOME; } || fail "neither HOME nor /tmp is writable: with --read-only, say -v /tmp -v $HOME"
+[ -d "${TMPDIR:-/tmp}" ] && [ -w "${TMPDIR:-/tmp}" ] || fail "${TMPDIR:-/tmp} is not writable: with --read-only, say -v /tmp"
+
+mounted=${GDRIVE_KEY_FILE:-/run/secrets/gdrive-key.json}
+if [ -n "${GDRIVE_KEY_FILE:-}" ] || [ -e "$mounted" ]; then
+  [ -f "$mounted" ] || fail "$mounted is no file: mount the key there, as in -v /path/to/key.json:$mounted:ro (docker makes a folder where the path is wrong)"
+  [ -r "$mounted" ] || fail "$mounted cannot be read by user $(id -u): run as its owner, --user \$(id -u):\$(id -g)"
+  GDRIVE_CREDENTIALS_DATA=$(cat "$mounted")
+  origin=$mounted
+else
+  origin=GDRIVE_CREDENTIALS_DATA
+fi
+if [ -n "${GDRIVE_CREDENTIALS_DATA:-}" ]; then
+  printf '%s' "$GDRIVE_CREDENTIALS_DATA" | python -c 'import json, sys; sys.exit(not isinstance(json.load(sys.stdin), dict))' 2> /dev/null \
+    || fail "$origin is not JSON: give the text of the service account's key file, not its path and not base64"
+  # dvc's configuration for all repositories, in a folder of this container: .dvc/config.local would outlive it on the host.
+  DVC_GLOBAL_CONFIG_DIR=$(mktemp -d)
+  export DVC_GLOBAL_CONFIG_DIR
+  printf '%s' "$GDRIVE_CREDENTIALS_DATA" > "$DVC_GLOBAL_CONFIG_DIR/gdrive-key.json"
+  printf "['remote \"%s\"']\n    gdrive_service_account_json_file_path = %s\n" \
+    "${GDRIVE_REMOTE:-gdrive}" "$DVC_GLOBAL_CONFIG_DIR/gdrive-key.json" > "$DVC_GLOBAL_CONFIG_DIR/config"
+  key="a"
+fi
+unset GDRIVE_CREDENTIALS_DATA mounted origin
+
+if [ "${CI_MODE:-0}" != 0 ]; then
+  export GIT_TERMINAL_PROMPT=0 WANDB_SILENT=true TERM=dumb NO_COLOR=1
+  echo "docker-entrypoint: $(git describe --always --dirty 2> /dev/null || echo no repository), $(python --version)," \
+    "$(nproc) cores, user $(id -u), $key Google Drive key" >&2
+fi
+
+umask 022
+exec "$@"
