@@ -19,12 +19,12 @@ from scipy.stats import binomtest
 
 from stages.core.errors import InputError
 from tests.helpers import run
-from tools.report_compare import all_metrics, chance, changed_params, interval, paired, sign_test, summary, verdict
-from tools.report_data import Run, read_run
-from tools.report_machine import environment
-from tools.report_page import markdown, page
-from tools.report_profile import Profile, read_profile
-from tools.report_source import Source, default_baseline, open_source
+from tools.report.compare import all_metrics, chance, changed_params, interval, paired, sign_test, summary, verdict
+from tools.report.data import Run, read_run
+from tools.report.machine import environment
+from tools.report.page import markdown, page
+from tools.report.profile import Profile, read_profile
+from tools.report.source import Source, default_baseline, open_source
 
 EVIL = "<script>alert('x')</script>|`*_[a](http://b.c)_*`@all & \"q\""
 DATE = "2026-11-25 07:00 UTC"

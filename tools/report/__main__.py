@@ -15,11 +15,11 @@ from pathlib import Path
 
 from stages.core.errors import run_main
 from stages.core.output import write_text
-from tools.report_data import read_run
-from tools.report_machine import environment
-from tools.report_page import markdown, page
-from tools.report_profile import read_profile
-from tools.report_source import WORKSPACE, default_baseline, open_source
+from tools.report.data import read_run
+from tools.report.machine import environment
+from tools.report.page import markdown, page
+from tools.report.profile import read_profile
+from tools.report.source import WORKSPACE, default_baseline, open_source
 
 
 def main() -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
-from tools.report_charts import Series, chart, heat_map
-from tools.report_data import Confusion, Run
+from tools.report.charts import Series, chart, heat_map
+from tools.report.data import Confusion, Run
 
 _MAX_CLASSES = 40  # of a confusion matrix that is drawn; beyond, the list of confused pairs says more
 _MAX_DOTS = 2000

@@ -14,10 +14,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from tools import report_compare as compare
-from tools import report_figures as figures
-from tools.report_data import Confusion, Run
-from tools.report_profile import Profile
+from tools.report import compare, figures
+from tools.report.data import Confusion, Run
+from tools.report.profile import Profile
 
 PICTURE_BYTES = 350_000  # of one picture, before base64 makes a third more of it
 _SHOWN_ROWS = 30  # of the per-class table; the others are folded
@@ -40,7 +39,7 @@ _DRIFT_ROWS = (  # label, and the metric, @ for the window
 def page(run: Run, baseline: Run | None, profile: Profile | None, environment: list[tuple[str, str]], date: str) -> str:
     """The HTML page."""
     confusion, common = run.confusion, _common(run, baseline, environment, date)
-    return _templates().get_template("report.html.j2").render(
+    return _templates().get_template("page.html.j2").render(
         common,
         curves=figures.curves(run, baseline),
         confusion_maps=figures.confusion_maps(run, baseline),
@@ -65,7 +64,7 @@ def page(run: Run, baseline: Run | None, profile: Profile | None, environment: l
 
 def markdown(run: Run, baseline: Run | None, environment: list[tuple[str, str]], date: str) -> str:
     """The twin, in GitHub's Markdown."""
-    text = _templates().get_template("report.md.j2").render(_common(run, baseline, environment, date))
+    text = _templates().get_template("twin.md.j2").render(_common(run, baseline, environment, date))
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from tools.report_source import Source
+from tools.report.source import Source
 
 Number = int | float
 Result = TypeVar("Result")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from tools.report_data import Number, Run
+from tools.report.data import Number, Run
 
 CHANCE = 0.05  # a difference with a larger p-value is called within chance
 
