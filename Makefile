@@ -1,6 +1,6 @@
 # `make help` lists the verbs. All of them work on a machine that has Python 3.11, make and git.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-slow lint format exp show dag plots report bench drift-demo lock clean
+.PHONY: help setup repro test test-slow lint format exp sweep show dag plots report bench drift-demo lock clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -45,8 +45,12 @@ format: setup ## mend style and format
 	ruff check --fix .
 	ruff format .
 
-exp: setup ## run one experiment: make exp S="train.lr=0.001 train.epochs=4"
-	dvc exp run $(foreach setting,$(S),-S '$(setting)')
+exp: setup ## run one experiment: make exp RECIPE=imagenette160 S="train.lr=0.02 train.epochs=4"
+	python -m tools.exp $(if $(RECIPE),--recipe '$(RECIPE)') $(foreach setting,$(S),'$(setting)')
+
+sweep: setup ## search settings: make sweep S="train.lr=tag(log,interval(0.001,0.1))" TRIALS=8 WORKERS=2
+	python -m tools.sweep $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(TRIALS),--trials $(TRIALS)) \
+	  $(if $(WORKERS),--workers $(WORKERS)) $(foreach setting,$(S),'$(setting)')
 
 show: setup ## compare the experiments
 	dvc exp show --only-changed
