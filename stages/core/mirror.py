@@ -22,12 +22,13 @@ from typing import Annotated, Any, Literal
 import psutil
 from pydantic import Field, field_validator
 
-from stages.core import mirror_process
 from stages.core.errors import Stopped
 from stages.core.params import Section
 
+# Named, not imported: it cannot change a result, so that editing it reruns no stage.
+_PROCESS = "stages.core.mirror_process"
 _MODES = ("disabled", "offline", "online")
-_STOPPED_SECONDS = 1.5  # that a stage waits which was told to stop: its own end must not take longer than 5
+_STOPPED_SECONDS = 1.0  # that a stage waits which was told to stop: its own end must not take longer than 5
 _KILL_SECONDS = 0.3  # of the waiting time are left to kill the process, if it does not end by itself
 
 
@@ -69,7 +70,7 @@ class Mirror:
         paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         self._messages: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", mirror_process.__name__],
+            [sys.executable, "-m", _PROCESS],
             env=os.environ | {"PYTHONPATH": paths},
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,

@@ -56,6 +56,7 @@ class Inbox:
     def __init__(self, when_late: Callable[[], object]) -> None:
         self._messages: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._when_late = when_late
+        self.ended = threading.Event()
         threading.Thread(target=self._read, daemon=True).start()
         self.first = self._messages.get()
 
@@ -76,6 +77,7 @@ class Inbox:
         if message.get("verb") != "end":  # it was
             message = {"verb": "end", "exit_code": 1, "deadline": time.time() + _SECONDS_ALONE}
             self._messages.put(message)
+        self.ended.set()
         time.sleep(max(message["deadline"] - time.time(), 0.0))
         self._when_late()
 
@@ -98,7 +100,7 @@ def main() -> None:
         end_now(0)
     warnings.secret = prepare_environment(Path(start["folder"]))
     try:
-        problem = unreachable() if start["mode"] == "online" else None
+        problem = unreachable(inbox.ended) if start["mode"] == "online" else None
         if start["mode"] == "online" and problem is None:
             try:
                 run = open_run(start, "online")

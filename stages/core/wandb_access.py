@@ -8,9 +8,12 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 SECONDS_TO_ANSWER = 3.0  # that W&B has for its first answer, and for opening a run
+_SECONDS_AFTER_END = 0.5  # and for the first answer, when the stage has ended already
 _SET_KEY = "set WANDB_API_KEY in the environment or in .env"
 
 
@@ -33,8 +36,11 @@ def prepare_environment(cache_dir: Path) -> str | None:
     return key
 
 
-def unreachable() -> str | None:
-    """Ask W&B who we are: why it would take no run now, or None. wandb itself would try for up to 90 seconds."""
+def unreachable(ended: threading.Event) -> str | None:
+    """Ask W&B who we are: why it would take no run now, or None. wandb itself would try for up to 90 seconds.
+
+    When the stage has `ended`, patience does too: a run must reach the disk in what is left of its waiting time.
+    """
     import wandb
     from requests.utils import get_netrc_auth
 
@@ -47,10 +53,14 @@ def unreachable() -> str | None:
     answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     # In a thread, because no timeout of a socket covers names that do not resolve and answers that trickle.
     threading.Thread(target=lambda: answers.put(_ask(url, key)), daemon=True).start()
-    try:
-        return answers.get(timeout=SECONDS_TO_ANSWER)
-    except queue.Empty:
-        return f"W&B ({url}) does not answer within {SECONDS_TO_ANSWER:g} s"
+    last = time.monotonic() + SECONDS_TO_ANSWER
+    while time.monotonic() < last:
+        with suppress(queue.Empty):
+            return answers.get(timeout=0.05)
+        if ended.is_set():
+            last = min(last, time.monotonic() + _SECONDS_AFTER_END)
+            ended = threading.Event()
+    return f"W&B ({url}) does not answer within {SECONDS_TO_ANSWER:g} s"
 
 
 def _ask(url: str, key: str | None) -> str | None:
