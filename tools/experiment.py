@@ -13,7 +13,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -26,8 +25,9 @@ from ruamel.yaml import YAML
 
 from stages.core.errors import InputError, Stopped
 from stages.core.output import write_json
+from tools import committed, registry, revision
+from tools.commands import dvc, environment, git
 
-ARTIFACT = "classifier"  # in the registry (`artifacts:` of dvc.yaml)
 _STATE = Path(".dvc/tmp/retrain")
 _OVERRIDES = _STATE / "overrides.json"
 _PROMOTION = _STATE / "promotion.json"
@@ -61,38 +61,11 @@ def only_run() -> Iterator[int]:
 
 def check_repository() -> str:
     """The commit that HEAD is at. InputError when the workspace is not what it says, or git could not commit."""
-    if not Path(".git").exists() or not Path(".dvc").is_dir():
-        raise InputError("no git repository with DVC here; run this from the root of the repository")
-    if _git("rev-parse", "--verify", "--quiet", "HEAD", check=False) == "":
-        raise InputError("the repository has no commit yet; commit first")
-    _git("var", "GIT_COMMITTER_IDENT")
+    head = committed.check_repository()
     _take_back_overrides()
-    if changed := _changed_files():
-        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-        raise InputError(f"changes that are not committed: {', '.join(changed[:5])}{more}; commit or stash them first")
-    if untracked := _untracked_results():
-        raise InputError(f"results that git does not track yet: {', '.join(untracked[:5])}; commit them first")
-    stale = set(json.loads(_dvc("status", "--json"))) - {"profile"}  # its times belong to a machine, not to a commit
-    if stale:
-        raise InputError(
-            f"data and models are not those of the last commit: {', '.join(sorted(stale))} "
-            f"{'is' if len(stale) == 1 else 'are'} stale; run `dvc repro` (or `dvc checkout`) and commit first"
-        )
-    return _git("rev-parse", "HEAD")
-
-
-def _changed_files() -> list[str]:
-    """Tracked files that differ from HEAD. Untracked ones are no part of an experiment and are left alone."""
-    lines = _git("status", "--porcelain", "-z", "--untracked-files=no", "--no-renames", strip=False).split("\0")
-    return sorted(line[3:] for line in lines if line)
-
-
-def _untracked_results() -> list[str]:
-    """Outputs of the pipeline that lie in the workspace untracked: a promotion would have to overwrite them."""
-    lock = YAML(typ="safe", pure=True).load(Path("dvc.lock")) if Path("dvc.lock").exists() else {"stages": {}}
-    outputs = {out["path"] for stage in lock["stages"].values() for out in stage.get("outs", ())}
-    untracked = _git("ls-files", "--others", "--exclude-standard", "-z", strip=False).split("\0")
-    return sorted(outputs.intersection(untracked))
+    committed.check_files()
+    committed.check_results()
+    return head
 
 
 def _take_back_overrides() -> None:
@@ -100,16 +73,16 @@ def _take_back_overrides() -> None:
     if not _OVERRIDES.exists():
         return
     overrides: dict[str, Value] = json.loads(_OVERRIDES.read_text())
-    changed = set(_changed_files())
+    changed = set(committed.changed_files())
     if changed and changed <= {"params.yaml", "dvc.lock", _DVCS_OWN}:
         yaml = YAML(typ="safe", pure=True)
-        expected = yaml.load(_git("show", "HEAD:params.yaml"))
+        expected = yaml.load(git("show", "HEAD:params.yaml"))
         for key, value in overrides.items():
             section, name = key.split(".")
             expected[section][name] = value
         if "params.yaml" not in changed or yaml.load(Path("params.yaml").read_text()) == expected:
-            _git("reset", "--quiet")
-            _git("checkout", "HEAD", "--", "params.yaml", "dvc.lock")
+            git("reset", "--quiet")
+            git("checkout", "HEAD", "--", "params.yaml", "dvc.lock")
     _OVERRIDES.unlink()
 
 
@@ -129,19 +102,19 @@ def run_experiment(name: str, head: str, overrides: Mapping[str, Value], lock: i
     fails, Stopped when dvc was killed.
     """
     reference = f"refs/exps/{head[:2]}/{head[2:]}/{name}"
-    if commit := _git("rev-parse", "--verify", "--quiet", reference, check=False):
+    if commit := git("rev-parse", "--verify", "--quiet", reference, check=False):
         print(f"retrain: experiment {name} has ended before; it is taken as it is", flush=True)
         return commit
     _remove_leftovers(overrides)
     write_json(_OVERRIDES, dict(overrides))
     settings = [word for key, value in overrides.items() for word in ("-S", f"{key}={_quoted(value)}")]
     command = [sys.executable, "-m", "dvc", "exp", "run", "--temp", "--name", name, *settings]
-    result = subprocess.run(command, env=_environment(), pass_fds=(lock,), stdin=subprocess.DEVNULL)  # noqa: S603
+    result = subprocess.run(command, env=environment(), pass_fds=(lock,), stdin=subprocess.DEVNULL)  # noqa: S603
     status = result.returncode
     _take_back_overrides()
     if status < 0:
         raise Stopped(f"dvc was ended by signal {-status}; run the same command again, and it goes on", -status)
-    commit = _git("rev-parse", "--verify", "--quiet", reference, check=False)
+    commit = git("rev-parse", "--verify", "--quiet", reference, check=False)
     if status or not commit:
         raise ExperimentError(f"experiment {name} failed (dvc's exit status is {status}; its words are above)")
     return commit
@@ -156,21 +129,17 @@ def _remove_leftovers(overrides: Mapping[str, Value]) -> None:
 
 
 def fetch(commit: str, paths: list[str], folder: Path) -> None:
-    """Copy files and folders of an experiment below `folder`, out of DVC's cache; the workspace is not touched."""
-    from dvc.api import DVCFileSystem
-
-    files = DVCFileSystem(repo=str(Path.cwd()), rev=commit)
-    for path in paths:
-        if not files.exists(path):
-            raise ExperimentError(f"the experiment has no {path}")
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        files.get(path, str(folder / path), recursive=files.isdir(path))
+    """Copy files and folders of an experiment below `folder`; the workspace is not touched."""
+    try:
+        revision.fetch(commit, paths, folder, "the experiment")
+    except InputError as error:
+        raise ExperimentError(str(error)) from error
 
 
 def params_when(accepts: Callable[[dict[str, Any]], bool], head: str) -> dict[str, Any] | None:
     """The newest params.yaml, from the commit `head` back, that `accepts` is true of; None where there is none."""
-    for commit in _git("rev-list", head, "--", "params.yaml").split():
-        params: dict[str, Any] = YAML(typ="safe", pure=True).load(_git("show", f"{commit}:params.yaml"))
+    for commit in git("rev-list", head, "--", "params.yaml").split():
+        params: dict[str, Any] = YAML(typ="safe", pure=True).load(git("show", f"{commit}:params.yaml"))
         if accepts(params):
             return params
     return None
@@ -192,17 +161,17 @@ def promote(head: str, experiment: str, message: str, facts: dict[str, Any]) -> 
     The commit is made of the experiment's own tree, so that it holds exactly what was evaluated. Call
     `forget_promotion` when the result is reported. Raises ExperimentError when somebody worked here meanwhile.
     """
-    moved, changed = _git("rev-parse", "HEAD") != head, _changed_files()
+    moved, changed = git("rev-parse", "HEAD") != head, committed.changed_files()
     if moved or changed:
         what = "HEAD moved" if moved else f"{', '.join(changed[:5])} changed"
         raise ExperimentError(f"{what} while the experiment ran; commit or undo that, and run the same command again")
-    added = _git("diff", "--name-only", "--no-renames", "--diff-filter=A", "-z", head, experiment, strip=False)
+    added = git("diff", "--name-only", "--no-renames", "--diff-filter=A", "-z", head, experiment, strip=False)
     if in_the_way := [name for name in added.split("\0") if name and Path(name).exists()]:
         raise ExperimentError(
             f"{', '.join(in_the_way[:5])}: not tracked by git, and in the way; move it and run this again"
         )
-    tree = _git("rev-parse", f"{experiment}^{{tree}}")
-    commit = _git("commit-tree", tree, "-p", head, "-m", message)
+    tree = git("rev-parse", f"{experiment}^{{tree}}")
+    commit = git("commit-tree", tree, "-p", head, "-m", message)
     _STATE.mkdir(parents=True, exist_ok=True)
     write_json(_PROMOTION, {"head": head, "commit": commit, "facts": facts})
     finished = finish_promotion()
@@ -217,19 +186,16 @@ def finish_promotion() -> dict[str, Any] | None:
     written = json.loads(_PROMOTION.read_text())
     before, commit = written["head"], written["commit"]
     facts: dict[str, Any] = written["facts"]
-    head = _git("rev-parse", "HEAD")
+    head = git("rev-parse", "HEAD")
     if head == before:
         _restore_half_written(before, commit)
-        _git("merge", "--ff-only", "--quiet", commit)
+        git("merge", "--ff-only", "--quiet", commit)
     elif head != commit:
         print(f"retrain: HEAD has moved since the promotion of {facts['experiment']} was broken off", flush=True)
         forget_promotion()
         return None
-    _dvc("checkout", "--force", "--quiet")
-    if not (tag := _tag_of(commit)):
-        _run([sys.executable, "-m", "gto.cli", "register", ARTIFACT, commit])
-        tag = _tag_of(commit)
-    return facts | {"commit": commit, "tag": tag}
+    dvc("checkout", "--force", "--quiet")
+    return facts | {"commit": commit, "tag": registry.register_commit(commit).tag}
 
 
 def forget_promotion() -> None:
@@ -239,7 +205,7 @@ def forget_promotion() -> None:
 
 def _restore_half_written(before: str, after: str) -> None:
     """Bring back files that a killed git left between two commits; InputError for one that somebody changed."""
-    names = _git("diff", "--name-only", "--no-renames", "-z", before, after, strip=False).split("\0")
+    names = git("diff", "--name-only", "--no-renames", "-z", before, after, strip=False).split("\0")
     for name in filter(None, names):
         old, new = (_content(commit, name) for commit in (before, after))
         found = Path(name).read_bytes() if Path(name).is_file() else None
@@ -248,45 +214,11 @@ def _restore_half_written(before: str, after: str) -> None:
         if old is None:
             Path(name).unlink(missing_ok=True)
         elif found != old:
-            _git("checkout", before, "--", name)
-    _git("reset", "--quiet")
+            git("checkout", before, "--", name)
+    git("reset", "--quiet")
 
 
 def _content(commit: str, name: str) -> bytes | None:
     command = ["git", "cat-file", "blob", f"{commit}:{name}"]
     result = subprocess.run(command, capture_output=True)  # noqa: S603
     return result.stdout if result.returncode == 0 else None
-
-
-def _tag_of(commit: str) -> str | None:
-    return next(iter(_git("tag", "--points-at", commit, "--list", f"{ARTIFACT}@v*").split()), None)
-
-
-# --- other programs -----------------------------------------------------------------------------------------------
-
-
-def _git(*arguments: str, check: bool = True, strip: bool = True) -> str:
-    output = _run(["git", *arguments], check)
-    return output.strip() if strip else output
-
-
-def _dvc(*arguments: str) -> str:
-    return _run([sys.executable, "-m", "dvc", *arguments])
-
-
-def _run(command: list[str], check: bool = True) -> str:
-    """What a program prints; InputError with its own words when it fails."""
-    result = subprocess.run(  # noqa: S603
-        command, env=_environment(), capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
-    if result.returncode < 0:
-        raise Stopped(f"{command[0]} was ended by a signal; run the same command again", -result.returncode)
-    if result.returncode and check:
-        shown = " ".join(Path(command[0]).name if word == command[0] else word for word in command[:5])
-        raise InputError(f"`{shown}` failed: {(result.stderr or result.stdout).strip()}")
-    return result.stdout if result.returncode == 0 else ""
-
-
-def _environment() -> dict[str, str]:
-    """Stages are run as `python -m ...`: with this environment's python."""
-    return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}

@@ -1,0 +1,44 @@
+"""git, dvc and gto, as the tools call them: their words in an InputError when they fail."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from stages.core.errors import InputError, Stopped
+
+
+def git(*arguments: str, check: bool = True, strip: bool = True) -> str:
+    """What git prints; with `check` off, nothing when it fails."""
+    output = _run(["git", *arguments], check)
+    return output.strip() if strip else output
+
+
+def dvc(*arguments: str) -> str:
+    """What dvc prints."""
+    return _run([sys.executable, "-m", "dvc", *arguments])
+
+
+def gto(*arguments: str) -> str:
+    """What gto prints."""
+    return _run([sys.executable, "-m", "gto.cli", *arguments])
+
+
+def environment() -> dict[str, str]:
+    """Stages are run as `python -m ...`: with this environment's python."""
+    return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+
+
+def _run(command: list[str], check: bool = True) -> str:
+    """What a program prints; InputError with its own words when it fails."""
+    result = subprocess.run(  # noqa: S603
+        command, env=environment(), capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    if result.returncode < 0:
+        raise Stopped(f"{command[0]} was ended by a signal; run the same command again", -result.returncode)
+    if result.returncode and check:
+        shown = " ".join(Path(command[0]).name if word == command[0] else word for word in command[:5])
+        raise InputError(f"`{shown}` failed: {(result.stderr or result.stdout).strip()}")
+    return result.stdout if result.returncode == 0 else ""
