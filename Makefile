@@ -1,6 +1,6 @@
 # `make help` lists the verbs. All of them work on a machine that has Python 3.11, make and git.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-slow lint format exp sweep show dag plots report bench drift-demo lock clean
+.PHONY: help setup repro test test-slow lint format exp sweep show dag plots report register promote bench drift-demo lock clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -63,6 +63,12 @@ plots: setup ## draw all plots into one page
 
 report: setup ## one page about a run: make report [REV=experiment] [AGAINST=revision]
 	python -m tools.report $(REV) $(if $(AGAINST),--against '$(AGAINST)')
+
+register: setup ## make the last commit the next version of the model
+	python -m tools.registry register
+
+promote: setup ## put a version to work: make promote STAGE=prod [VERSION=v0.0.2]
+	python -m tools.registry promote $(or $(STAGE),$(error say which stage: make promote STAGE=prod)) $(VERSION)
 
 bench: setup ## compare speed with hand-written loops: make bench DATA=/path/to/images.tgz
 	python -m tools.benchmark $(if $(DATA),--data '$(DATA)')

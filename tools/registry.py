@@ -94,7 +94,7 @@ def promote(stage: str, version: str | None) -> None:
     gto("assign", ARTIFACT, "--version", version, "--stage", stage, "--force")
     was = f", where {registry.version_of(before) or before[:7]} was" if before else ""
     print(f"registry: {version} is in {stage} now{was}{_quality(commit)}")
-    print(f"          {_PUSH}; predict with it: python -m tools.predict --model {stage} IMAGES")
+    print(f"          {_PUSH}; get it anywhere: python -m tools.registry fetch {stage}")
 
 
 def show() -> None:
@@ -166,7 +166,7 @@ def _parse() -> argparse.Namespace:
     commands.add_parser("show", help="list versions and stages")
     fetching = commands.add_parser("fetch", help="get a model, and print its folder")
     fetching.add_argument("name", help="a stage, a version, an experiment or a git revision")
-    fetching.add_argument("--path", default="models/onnx", help="what of it (models/onnx)")
+    fetching.add_argument("--path", default="models/classifier", help="what of it (models/classifier)")
     return parser.parse_args()
 
 
