@@ -8,9 +8,11 @@ of a task it keeps in .dvc/tmp/exps/run/<stash commit>/: `*.run` (name, folder, 
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,6 @@ from typing import Any, Literal
 import psutil
 
 from stages.core.errors import InputError
-from tools.exp import environment
 
 _TASKS = Path(".dvc/tmp/exps/run")
 _DAEMONS = Path(".dvc/tmp/exps/celery")
@@ -136,6 +137,11 @@ def number_in(text: str, key: Sequence[str], where: str) -> float:
     return float(content)
 
 
+def environment() -> dict[str, str]:
+    """Stages are run as `python -m ...`: with this environment's python."""
+    return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+
+
 def _returned(path: Path) -> int | None:
     """The exit status in a `*.json` of a process; None while it runs."""
     status = _json(path).get("returncode")
@@ -158,16 +164,19 @@ def _git(*arguments: str) -> str:
 
 
 def _dvc(*arguments: str, lock: int | None = None, check: bool = True) -> str:
-    result = subprocess.run(  # noqa: S603
-        [sys.executable, "-m", "dvc", *arguments],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-        pass_fds=() if lock is None else (lock,),
-    )
+    # Into a file: the daemons inherit what dvc writes to, and a pipe would be at its end with the last of them only.
+    with tempfile.TemporaryFile("w+") as output:
+        result = subprocess.run(  # noqa: S603
+            [sys.executable, "-m", "dvc", *arguments],
+            env=environment(),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            pass_fds=() if lock is None else (lock,),
+        )
+        output.seek(0)
+        said = output.read().strip()
     if result.returncode and check:
-        words = (result.stderr or result.stdout).strip()
-        raise InputError(f"`dvc {' '.join(arguments[:3])}` failed: {words}")
-    return result.stdout
+        raise InputError(f"`dvc {' '.join(arguments[:3])}` failed: {said}")
+    return said

@@ -28,6 +28,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 
 from stages.core.errors import InputError, run_main
 from stages.core.params import PARAMS_FILE
+from tools import dvc_queue
 from tools import overrides as settings
 from tools.overrides import Settings, Value
 
@@ -100,22 +101,14 @@ def main(arguments: argparse.Namespace) -> int:
     print(f"exp: dvc {shlex.join(command)}", flush=True)
     if arguments.dry:
         return 0
-    dvc = [sys.executable, "-m", "dvc"]
+    dvc = [sys.executable, "-m", "dvc", *command]
     if not queued:
-        os.execve(dvc[0], [*dvc, *command], environment())  # noqa: S606  # dvc gets the signals, and its status is ours
-    status = subprocess.run([*dvc, *command], env=environment()).returncode  # noqa: S603
-    if status or arguments.queue:
-        return status
-    print(
-        f"exp: {found.num_experiments} experiments are queued; see `dvc queue status`, then `dvc exp show`", flush=True
-    )
-    start = [*dvc, "queue", "start", "--jobs", str(arguments.jobs)]
-    return subprocess.run(start, env=environment()).returncode  # noqa: S603
-
-
-def environment() -> dict[str, str]:
-    """Stages are run as `python -m ...`: with this environment's python."""
-    return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+        os.execve(dvc[0], dvc, dvc_queue.environment())  # noqa: S606  # dvc gets the signals, and its status is ours
+    status = subprocess.run(dvc, env=dvc_queue.environment()).returncode  # noqa: S603
+    if status == 0 and not arguments.queue:
+        dvc_queue.start_workers(arguments.jobs, trust=False)
+        print(f"exp: {found.num_experiments} experiments run, {arguments.jobs} at a time; see `dvc queue status`")
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
