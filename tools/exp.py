@@ -107,10 +107,7 @@ def main(arguments: argparse.Namespace) -> int:
     status = subprocess.run(dvc, env=dvc_queue.environment()).returncode  # noqa: S603
     if status == 0 and not arguments.queue:
         dvc_queue.start_workers(arguments.jobs, trust=False)
-        print(
-            f"exp: {found.num_experiments} experiments run, {arguments.jobs} at a time: `dvc queue status`, "
-            "`dvc exp show`"
-        )
+        print(f"exp: {found.num_experiments} experiments run, {arguments.jobs} at a time; see `dvc queue status`")
     return status
 
 

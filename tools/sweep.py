@@ -65,14 +65,13 @@ class Run:
 class Sweep:
     """A study and what of it is running."""
 
-    def __init__(self, arguments: argparse.Namespace, study: optuna.Study, question: Question, lock: int) -> None:
-        self.arguments, self.study, self.question, self.lock = arguments, study, question, lock
+    def __init__(
+        self, arguments: argparse.Namespace, study: optuna.Study, question: Question, target: str, lock: int
+    ) -> None:
+        self.arguments, self.study, self.question, self.target, self.lock = arguments, study, question, target, lock
         self.name: str = study.study_name
         metric_file, _, key = question.metric.partition(":")
         self.metric_file, self.metric_key = metric_file, key.split(".")
-        if Path(metric_file).exists():  # of the workspace's run: a misspelt key must not cost a trial
-            dvc_queue.number_in(Path(metric_file).read_text(), self.metric_key, question.metric)
-        self.target = arguments.target or stage_of(metric_file)
         self.epochs = _EPOCHS[question.direction]
         self.active: list[Run] = []
 
@@ -263,11 +262,13 @@ def main(arguments: argparse.Namespace) -> int:
         raise InputError(f"--study {name}: letters, digits, - and _ only (it names the experiments)")
     if arguments.devices is None:
         arguments.devices = gpus() if current["runtime.device"] in ("auto", "cuda") else []
+    target = arguments.target or stage_of(question.metric.partition(":")[0])
+    check_metric(question.metric)
     is_new = not (studies.FOLDER / name / "study.db").exists()
     with locked(name) as lock, stop_requests() as stop:
         _check_queue(name, is_new)
         study = studies.open_study(name, question, base, arguments.seed, arguments.startup)
-        sweep = Sweep(arguments, study, question, lock)
+        sweep = Sweep(arguments, study, question, target, lock)
         print(f"sweep: study {name}, {len(studies.counted(study))} of {arguments.trials} trials are there", flush=True)
         sweep.run(stop)
         return sweep.report()
@@ -322,6 +323,13 @@ def stage_of(metric_file: str) -> str:
     if metric_file not in known:
         raise InputError(f"--metric {metric_file}: not a metrics file of dvc.yaml that git keeps ({', '.join(known)})")
     return known[metric_file]
+
+
+def check_metric(metric: str) -> None:
+    """InputError for a key that the workspace's run lacks: a misspelt one must not cost a trial."""
+    path, _, key = metric.partition(":")
+    if Path(path).exists():
+        dvc_queue.number_in(Path(path).read_text(), key.split("."), metric)
 
 
 def direction_of(metric: str) -> Direction:
