@@ -210,7 +210,8 @@ def test_several_values_are_queued(repository: Path) -> None:
     shown = exp_run(repository, "train.lr=0.01,0.02", "model.name=choice(test_resnet,test_vit)", "--queue", "-n", "g")
     assert "exp: dvc exp run --queue --name g" in shown
     listed = run(repository, "dvc", "queue", "status").stdout
-    assert re.findall(r"g-\d", listed) and len(re.findall(r"Queued", listed)) == 4
+    assert re.findall(r"g-\d", listed)
+    assert len(re.findall(r"Queued", listed)) == 4
     assert (repository / "params.yaml").read_bytes() == before
 
 
