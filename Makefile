@@ -64,7 +64,7 @@ plots: setup ## draw all plots into one page
 report: setup ## one page about a run: make report [REV=experiment] [AGAINST=revision]
 	python -m tools.report $(REV) $(if $(AGAINST),--against '$(AGAINST)')
 
-register: setup ## make the last commit the next version of the model
+register: setup ## let the last commit be the next version of the model
 	python -m tools.registry register
 
 promote: setup ## put a version to work: make promote STAGE=prod [VERSION=v0.0.2]
