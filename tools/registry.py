@@ -3,6 +3,7 @@
     python -m tools.registry register                  make the last commit the next version (make register)
     python -m tools.registry promote STAGE [VERSION]   put a version, by default the newest, into a stage (make promote)
     python -m tools.registry show                      versions, stages, and how good each is
+    python -m tools.registry push                      copy the data of all versions to DVC's remote
     python -m tools.registry fetch NAME                a folder with the model of a stage, version, experiment, revision
 
 Nothing is stored twice: a version is a commit whose code, params and dvc.lock make the model again, and whose data DVC
@@ -18,13 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.core.errors import InputError, run_main
+from tools import revision
 from tools.commands import dvc, git, gto
 from tools.revision import model_folder as model_folder
 from tools.versions import ARTIFACT, Registry, nearest, read_registry
 
 _CONFIG = Path(".gto")  # names the stages
 _MODELS = "models"
-_PUSH = "share it: dvc push && git push && git push --tags"
+_PUSH = "share it: python -m tools.registry push && git push && git push --tags"
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,15 @@ def show() -> None:
     print(_PUSH)
 
 
+def push() -> None:
+    """Copy the data of all versions to DVC's remote."""
+    versions = read_registry().versions
+    if not versions:
+        raise InputError("no version is registered yet: make register")
+    count, remote = revision.push(list(versions.values()))
+    print(f"registry: the data of {', '.join(versions)} is on the remote {remote} ({count} files new there)")
+
+
 def _stages() -> list[str]:
     from ruamel.yaml import YAML
 
@@ -150,6 +161,8 @@ def main(arguments: argparse.Namespace) -> None:
         register()
     elif arguments.command == "promote":
         promote(arguments.stage, arguments.version)
+    elif arguments.command == "push":
+        push()
     elif arguments.command == "fetch":
         print(model_folder(arguments.name, arguments.path))
     else:
@@ -164,6 +177,7 @@ def _parse() -> argparse.Namespace:
     promotion.add_argument("stage", help=f"one of those that {_CONFIG} names")
     promotion.add_argument("version", nargs="?", help="for example v0.0.2 (the newest)")
     commands.add_parser("show", help="list versions and stages")
+    commands.add_parser("push", help="copy the data of all versions to DVC's remote")
     fetching = commands.add_parser("fetch", help="get a model, and print its folder")
     fetching.add_argument("name", help="a stage, a version, an experiment or a git revision")
     fetching.add_argument("--path", default="models/classifier", help="what of it (models/classifier)")

@@ -13,7 +13,7 @@ from stages.core.errors import InputError
 from tests.helpers import commit_all, files, run, set_params
 from tools import registry, revision, versions
 
-PUSH = "          share it: dvc push && git push && git push --tags"
+PUSH = "          share it: python -m tools.registry push && git push && git push --tags"
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def two_versions(finished_repository: Path, tmp_path_factory: pytest.TempPathFac
     # the remote is younger than the versions
     run(folder, "dvc", "remote", "add", "-q", "-d", "storage", str(folder.parent / "remote"))
     commit_all(folder)
-    run(folder, "dvc", "push", "-q", "--all-tags")
+    assert "v0.0.1, v0.0.2 is on the remote storage (" in tool(folder, "push")
     return folder
 
 
@@ -240,18 +240,20 @@ def test_an_experiment_is_found_by_its_name(here: Path) -> None:
 
 def test_a_model_that_is_nowhere_is_told_of_and_leaves_nothing_behind(here: Path) -> None:
     registry.register()
-    with pytest.raises(InputError, match=r"v0\.0\.1 \(commit .{7}\) has no models/onyx: .*models/classifier"):
+    with pytest.raises(InputError, match=r"v0\.0\.1 .* has no models/onyx: .* has models/classifier, models/drift"):
         revision.model_folder("v0.0.1", "models/onyx")
     run(here, "git", "rm", "-q", "--cached", "dvc.lock")
     run(here, "git", "commit", "-qm", "before the first run")
-    with pytest.raises(InputError, match=r"HEAD \(commit .{7}\) has no models/classifier"):
+    with pytest.raises(InputError, match=r"HEAD \(commit .{7}\) has no models/classifier: .* has no models"):
         revision.model_folder("HEAD", "models/classifier")
+    with pytest.raises(InputError, match="no remote is configured: `dvc remote add"):
+        registry.push()
     shutil.rmtree(here / ".dvc/cache")
-    with pytest.raises(InputError, match=r"neither in DVC's cache and no remote is configured: `dvc push"):
+    with pytest.raises(InputError, match=r"neither in DVC's cache and no remote is configured: `python"):
         revision.model_folder("v0.0.1", "models/classifier")
     (here / "empty").mkdir()
     run(here, "dvc", "remote", "add", "-q", "-d", "storage", str(here / "empty"))
-    with pytest.raises(InputError, match=r"neither in DVC's cache nor on the remote storage: `dvc push"):
+    with pytest.raises(InputError, match=r"neither in DVC's cache nor on the remote storage: `python"):
         revision.model_folder("v0.0.1", "models/classifier")
     assert [path for path in (here / ".dvc/tmp/models").rglob("*") if path.is_file() or "new" in path.name] == []
 
