@@ -202,7 +202,8 @@ def test_a_fresh_clone_finds_the_same_bytes(
     assert not Path("models").exists()
     assert run(Path.cwd(), "git", "status", "--porcelain").stdout == ""
     # what anyone has who has dvc, but not these tools
-    run(tmp_path, "dvc", "artifacts", "get", str(tmp_path / "clone"), "classifier", "--stage", "prod", "-o", "got")
+    get = ["dvc", "artifacts", "get", "clone", "classifier", "--stage", "prod", "--remote", "storage", "--out", "got"]
+    run(tmp_path, *get)
     assert files(tmp_path / "got") == old
 
 
