@@ -78,8 +78,8 @@ drift-demo: setup ## let drift come, notice it, retrain, and look again, in a cl
 
 lock: setup ## resolve pyproject.toml into requirements.txt again (needs the package index)
 	python -m pip install --quiet uv
-	uv pip compile --quiet --universal --python-version 3.10 --group dev --no-header -o requirements.txt pyproject.toml
-	sed -i.old "/sys_platform == 'never'/d" requirements.txt && rm requirements.txt.old
+	uv pip compile --quiet --universal --python-version 3.10 --group dev --no-header --generate-hashes \
+	  --no-emit-package pyopenssl -o requirements.txt pyproject.toml
 
 clean: ## remove the virtual environment and everything that the pipeline made (not DVC's cache)
 	rm -rf $(VENV) data models dvc_plots benchmarks report metrics/profile.json .pytest_cache .mypy_cache .ruff_cache
