@@ -1,4 +1,4 @@
-"""Training on a GPU: the recorded step, where the pixels lie, and a killed run change no result. Skipped without one."""
+"""Training on a GPU: recording the step, where the pixels lie, and a kill change no result. Skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -131,30 +131,30 @@ def test_going_on_is_as_if_nothing_had_happened(
 
 
 @pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_stage_goes_on(workspace: Path, which: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_stage_goes_on(workspace: Path, which: signal.Signals) -> None:
     changes = {"sample.train_images": 600, "runtime.device": "cuda", "runtime.checkpoint_steps": 7, "train.epochs": 20}
     set_params(workspace / "params.yaml", changes)
     extract.main(load_params(extract.Params))
     preprocess.main(load_params(preprocess.Params))
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{os.environ.get('PYTHONPATH', '')}")
+    environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
     command = ("python", "-m", "stages.train")
 
     def result() -> tuple[bytes, ...]:
         paths = (workspace / "models/classifier/model.safetensors", workspace / "metrics/train/metrics.json")
         return tuple(path.read_bytes() for path in paths)
 
-    run(workspace, *command)
+    run(workspace, *command, environment=environment)
     undisturbed = result()
-    process = start(workspace, *command)
+    process = start(workspace, *command, environment=environment)
     wait_until(lambda: any((workspace / "cache/checkpoints").glob("*/step-*.pt")))
     process.send_signal(which)
     process.wait(30)
-    assert "goes on after step" in run(workspace, *command).stdout
+    assert "goes on after step" in run(workspace, *command, environment=environment).stdout
     assert result() == undisturbed
 
 
-def test_a_batch_too_large_for_the_memory_is_refused(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    set_params(workspace / "params.yaml", {"runtime.device": "cuda", "train.epochs": 1})
+def test_a_batch_too_large_for_the_memory_is_refused(workspace: Path) -> None:
+    set_params(workspace / "params.yaml", {"runtime.device": "cuda"})
     extract.main(load_params(extract.Params))
     preprocess.main(load_params(preprocess.Params))
     torch.cuda.set_per_process_memory_fraction(1e-4)
