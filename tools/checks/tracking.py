@@ -1,0 +1,39 @@
+"""Would Weights & Biases take a run? The key itself is never shown."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from tools.checks.finding import Finding, fail, ok, warn
+
+
+def wandb() -> Finding:
+    """The mode that stages would use, and for `online` what the server says to the key."""
+    from stages.core.mirror import WandbParams
+    from stages.core.params import Section, load_params
+    from stages.core.runtime import RuntimeParams, cache_dir
+    from stages.core.wandb_access import prepare_environment, unreachable
+
+    class Params(Section):
+        wandb: WandbParams
+        runtime: RuntimeParams
+
+    params = load_params(Params)
+    mode = params.wandb.mode
+    origin = "WANDB_MODE" if os.environ.get("WANDB_MODE") else "wandb.mode of params.yaml"
+    if mode != "online":
+        kept = f", kept in {cache_dir(params.runtime)}/wandb until `wandb sync`" if mode == "offline" else ""
+        return ok(f"{mode} by {origin}{kept}")
+    before = dict(os.environ)
+    try:
+        prepare_environment(cache_dir(params.runtime))
+        wrong = unreachable(threading.Event())
+    finally:
+        os.environ.clear()
+        os.environ |= before
+    if wrong is None:
+        return ok(f"online by {origin}, and W&B takes the key")
+    if "key" in wrong:
+        return fail(wrong.split(": ")[0], "wandb login (or a line WANDB_API_KEY=... in .env)")
+    return warn(f"{wrong}: runs are kept on this disk", "export WANDB_MODE=offline, and `wandb sync` later")
