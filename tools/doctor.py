@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from stages.core.errors import InputError, run_main
-from tools.checks import environment, repository, tracking
+from tools.checks import environment, hardware, repository, storage, tracking
 from tools.checks.finding import Finding, fail, warn
 
 # In this order: what later checks need comes first. Their modules import nothing but the standard library at the top,
@@ -30,8 +30,15 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "git": repository.git,
     "history": repository.history,
     "secrets": repository.secrets,
+    "params": repository.params,
     "untracked": repository.untracked,
     "dvc.lock": repository.stale,
+    "cache": storage.cache,
+    "disk": storage.disk,
+    "remote": storage.remote,
+    "gpu": hardware.gpu,
+    "bf16": hardware.bf16,
+    "threads": hardware.threads,
     "wandb": tracking.wandb,
 }
 

@@ -64,6 +64,16 @@ def secrets() -> Finding:
     return ok("no key is tracked by git")
 
 
+def params() -> Finding:
+    """Every key of params.yaml, checked as the stages will."""
+    from stages.core.params import read_params
+    from tools.overrides import check
+
+    sections = read_params()
+    check(sections, "params.yaml")
+    return ok(f"{sum(len(section) for section in sections.values())} keys of params.yaml are valid")
+
+
 def untracked() -> Finding:
     """Experiments in a folder of their own see what git tracks, and nothing else."""
     if names := _relative_paths():
