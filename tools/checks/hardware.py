@@ -7,12 +7,9 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tools.checks.finding import Finding, fail, ok, some, warn
-
-if TYPE_CHECKING:
-    from stages.core.runtime import RuntimeParams
+from tools.checks.settings import section
 
 _REINSTALL = "python -m pip install --force-reinstall --no-deps -r requirements.txt"
 
@@ -23,7 +20,7 @@ def gpu() -> Finding:
 
     from stages.core import device
 
-    runtime = _runtime()
+    runtime = section("runtime")
     names, driver, newest = _nvidia()
     if names and not torch.cuda.is_available() and runtime.device != "cpu":
         there = f"{some(names)} is here, driver {driver}"
@@ -58,17 +55,10 @@ def gpu() -> Finding:
 def bf16() -> Finding:
     """Whether the chosen device multiplies in bfloat16, which training is twice as fast with."""
     from stages.core import device
-    from stages.core.params import Section, load_params
     from stages.core.precision import has_bf16
-    from stages.core.recipe import TrainParams
 
-    class Params(Section):
-        train: TrainParams
-        runtime: RuntimeParams
-
-    params = load_params(Params)
-    chosen = device.resolve(params.runtime.device)
-    return precision(params.train.precision, chosen.type, has_bf16(chosen))
+    chosen = device.resolve(section("runtime").device)
+    return precision(section("train").precision, chosen.type, has_bf16(chosen))
 
 
 def precision(wanted: str, kind: str, has_bf16: bool) -> Finding:
@@ -89,7 +79,7 @@ def threads() -> Finding:
     """runtime.threads against the CPUs that this process may use."""
     from stages.core.runtime import num_cpus, num_threads
 
-    runtime = _runtime()
+    runtime = section("runtime")
     wanted, cpus = num_threads(runtime), num_cpus()
     quota = _cpu_quota()
     if quota and quota < cpus:
@@ -107,15 +97,6 @@ def threads() -> Finding:
             f"dvc exp run -S runtime.threads={limit} (results differ in the last bits)",
         )
     return ok(f"{wanted} of {limit} CPUs")
-
-
-def _runtime() -> RuntimeParams:
-    from stages.core.params import Section, load_params
-
-    class Params(Section):
-        runtime: RuntimeParams
-
-    return load_params(Params).runtime
 
 
 def _nvidia() -> tuple[list[str], str, str]:

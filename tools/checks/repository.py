@@ -126,12 +126,13 @@ def _kinds(changes: list[Any], outputs: set[str]) -> set[str]:
 
 
 def _reasons(changes: dict[str, list[Any]], stages: list[str]) -> str:
-    """The stages, and of the first one what changed."""
-    first = []
+    """The stages, and what changed of the first: {"changed deps": {"params.yaml": {"train.lr": "modified"}}}, say."""
+    first: list[str] = []
     for change in changes[stages[0]]:
-        for found in change.values() if isinstance(change, dict) else [change]:
+        for found in change.values() if isinstance(change, dict) else [{str(change): ""}]:
             for name, how in found.items() if isinstance(found, dict) else [(str(found), "")]:
-                first += [f"{name}: {', '.join(how)}" if isinstance(how, dict) else f"{how} {name}".strip()]
+                each = how if isinstance(how, dict) else {name: how}
+                first += [f"{what} {path}".strip() for path, what in each.items()]
     return f"{some(stages)} ({stages[0]}: {some(first)})"
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from stages.core.errors import InputError
 from tools.checks.finding import Finding, fail, ok, warn
+from tools.checks.settings import section
 
 _LINKS = ["reflink", "hardlink", "symlink"]  # the best first
 _SECONDS_TO_ANSWER = 20.0  # that a remote has
@@ -96,7 +97,7 @@ def remote() -> Finding:
         url = config["remote"][name]["url"]
         try:
             cls, settings, path = get_cloud_fs(config, name=name)
-        except DvcException as error:
+        except (DvcException, ImportError) as error:  # a plugin that is not installed, say
             return fail(f"the remote {name} ({url}): {_words(error)}", f"dvc remote modify {name} url ...")
     if cls.protocol == "local":
         return _folder(name, Path(path))
@@ -189,13 +190,9 @@ def _answers(name: str, url: str, ask: Callable[[], object]) -> Finding:
 
 
 def _cache_dir() -> Path:
-    from stages.core.params import Section, load_params
-    from stages.core.runtime import RuntimeParams, cache_dir
+    from stages.core.runtime import cache_dir
 
-    class Params(Section):
-        runtime: RuntimeParams
-
-    return cache_dir(load_params(Params).runtime)
+    return cache_dir(section("runtime"))
 
 
 def _gigabytes(size: float) -> str:

@@ -6,28 +6,22 @@ import os
 import threading
 
 from tools.checks.finding import Finding, fail, ok, warn
+from tools.checks.settings import section
 
 
 def wandb() -> Finding:
     """The mode that stages would use, and for `online` what the server says to the key."""
-    from stages.core.mirror import WandbParams
-    from stages.core.params import Section, load_params
-    from stages.core.runtime import RuntimeParams, cache_dir
+    from stages.core.runtime import cache_dir
     from stages.core.wandb_access import prepare_environment, unreachable
 
-    class Params(Section):
-        wandb: WandbParams
-        runtime: RuntimeParams
-
-    params = load_params(Params)
-    mode = params.wandb.mode
+    mode, folder = section("wandb").mode, cache_dir(section("runtime"))
     origin = "WANDB_MODE" if os.environ.get("WANDB_MODE") else "wandb.mode of params.yaml"
     if mode != "online":
-        kept = f", kept in {cache_dir(params.runtime)}/wandb until `wandb sync`" if mode == "offline" else ""
+        kept = f", kept in {folder}/wandb until `wandb sync`" if mode == "offline" else ""
         return ok(f"{mode} by {origin}{kept}")
     before = dict(os.environ)
     try:
-        prepare_environment(cache_dir(params.runtime))
+        prepare_environment(folder)
         wrong = unreachable(threading.Event())
     finally:
         os.environ.clear()
