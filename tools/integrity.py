@@ -59,17 +59,15 @@ def inspect(repo: Any, paths: Iterable[str] = ()) -> list[State]:
     wanted = set(paths)
     outs = [out for stage in ordered_stages(repo) for out in stage.outs if out.is_in_repo]
     outs = [out for out in outs if not wanted or str(out) in wanted]
-    listings = {out: _listing(out) for out in outs}
+    read: dict[tuple[int, int], str] = {}
     files = {out: _workspace_files(out) for out in outs}
-    to_hash: dict[str, str] = {}  # path -> DVC's name of the algorithm
-    for out in outs:
-        to_hash |= dict.fromkeys(files[out].values(), out.hash_name)
-        if out.use_cache and out.hash_info.value:
-            digests = [out.hash_info.value, *(listings[out] or {}).values()]
-            objects = [out.cache.oid_to_path(digest) for digest in digests]
-            to_hash |= dict.fromkeys(filter(os.path.isfile, objects), out.hash_name)
-    hashes = _hash_all(to_hash)
-    return [_compare(out, listings[out], files[out], hashes) for out in outs]
+    paths_of = {path: out.hash_name for out in outs for path in files[out].values()}
+    hashes = _hash_all(paths_of, read, WORKSPACE)
+    here = {out: {name: hashes[path] for name, path in files[out].items()} for out in outs}
+    listings = {out: _listing(out, here[out]) for out in outs}
+    paths_of = {path: out.hash_name for out in outs for path in _cache_files(out, listings[out]).values()}
+    hashes = _hash_all(paths_of, read, CACHE)
+    return [_compare(out, listings[out], here[out], hashes) for out in outs]
 
 
 def ordered_stages(repo: Any) -> list[Any]:
@@ -93,8 +91,12 @@ def folder_tree(hashes: dict[str, str], name: str = "md5") -> Any:
     return tree
 
 
-def _listing(out: Any) -> dict[str, str] | None:
-    """MD5 of each file below an output, as dvc.lock and the cache have it; None where the listing is lost."""
+def _listing(out: Any, here: dict[str, str]) -> dict[str, str] | None:
+    """MD5 of each file below an output, as dvc.lock says; None where that is lost.
+
+    Of a folder, dvc.lock has only the MD5 of a listing. It is in the cache; and it is what lies `here` in the
+    workspace, if that has the same MD5.
+    """
     from dvc_data.hashfile.tree import Tree
     from dvc_objects.errors import ObjectFormatError
 
@@ -103,6 +105,8 @@ def _listing(out: Any) -> dict[str, str] | None:
         return {}
     if not digest.endswith(".dir"):
         return {LISTING: digest}
+    if LISTING not in here and folder_tree(here).oid == digest:
+        return here
     if not out.use_cache:
         return None
     try:
@@ -113,6 +117,15 @@ def _listing(out: Any) -> dict[str, str] | None:
     return listing if folder_tree(listing).oid == digest else None
 
 
+def _cache_files(out: Any, listing: dict[str, str] | None) -> dict[str, str]:
+    """The files that there are in the cache for an output, by their digest."""
+    if not (out.use_cache and out.hash_info.value):
+        return {}
+    digests = [out.hash_info.value, *(listing or {}).values()]
+    paths = {digest: out.cache.oid_to_path(digest) for digest in digests}
+    return {digest: path for digest, path in paths.items() if os.path.isfile(path)}  # noqa: PTH113
+
+
 def _workspace_files(out: Any) -> dict[str, str]:
     """Path of each file in the workspace, by its path below the output."""
     if out.fs.isdir(out.fs_path):
@@ -121,29 +134,24 @@ def _workspace_files(out: Any) -> dict[str, str]:
     return {LISTING: out.fs_path} if os.path.isfile(out.fs_path) else {}  # noqa: PTH113
 
 
-def _hash_all(algorithms: dict[str, str]) -> dict[str, str]:
-    """The hash of every file; hard links to one file are read once."""
+def _hash_all(algorithms: dict[str, str], read: dict[tuple[int, int], str], what: str) -> dict[str, str]:
+    """The hash of each path; `read` are those of files by device and inode: of hard links, one is read."""
     from dvc_data.hashfile.hash import file_md5
 
-    same: dict[tuple[int, int], list[str]] = {}
-    for path in algorithms:
-        found = os.stat(path)  # noqa: PTH116
-        same.setdefault((found.st_dev, found.st_ino), []).append(path)
+    inodes = {path: ((found := os.stat(path)).st_dev, found.st_ino) for path in algorithms}  # noqa: PTH116
+    new = {inode: path for path, inode in inodes.items() if inode not in read}
     with ThreadPoolExecutor(num_cpus()) as pool:
-        names = list(same.values())
-        results = pool.map(lambda paths: file_md5(paths[0], name=algorithms[paths[0]]), names)
-        hashes = list(progress(results, "verify", len(names), "file"))
-    return {path: digest for paths, digest in zip(names, hashes, strict=True) for path in paths}
+        results = pool.map(lambda path: file_md5(path, name=algorithms[path]), new.values())
+        read |= dict(zip(new, progress(results, f"verify {what}", len(new), "file"), strict=True))
+    return {path: read[inode] for path, inode in inodes.items()}
 
 
-def _compare(out: Any, listing: dict[str, str] | None, files: dict[str, str], hashes: dict[str, str]) -> State:
+def _compare(out: Any, listing: dict[str, str] | None, here: dict[str, str], cached: dict[str, str]) -> State:
+    """`here`: MD5 by path below the output; `cached`: MD5 by path in the cache."""
     digest = out.hash_info.value or ""
     state = State(str(out), out.stage.addressing, "dvc" if out.use_cache else "git", digest, size=out.meta.size or 0)
     if not digest:
         return state
-    here = {name: hashes[path] for name, path in files.items()}
-    if listing is None and LISTING not in here and folder_tree(here).oid == digest:
-        listing = here  # the list is lost, but this is what it said
     state.expected = listing or {}
     state.num_files = len(state.expected)
     if listing is None:
@@ -157,7 +165,7 @@ def _compare(out: Any, listing: dict[str, str] | None, files: dict[str, str], ha
     if out.use_cache:
         named = {LISTING: digest} | (state.expected if state.is_folder else {})
         for name, expected in named.items():
-            found = hashes.get(out.cache.oid_to_path(expected))
+            found = cached.get(out.cache.oid_to_path(expected))
             if found != expected.removesuffix(".dir"):
                 state.problems.append(Problem(name, CACHE, "missing" if found is None else "damaged", expected))
     return state
