@@ -174,9 +174,12 @@ def _run_again(stage: str, broken: set[str], aside: Path) -> str:
     if subprocess.run(command, env=environment(), stdout=2).returncode:  # noqa: S603  # stdout is for the result
         return f"{stage} failed; see above"
     with Repo() as repo:
-        after = {str(out): out.hash_info.value for stage_ in repo.index.stages for out in stage_.outs}
+        after = {str(out): out.hash_info.value for out in repo.index.outs}
+        again = [state for state in inspect(repo, list(before)) if state.problems]
     if other := [path for path, digest in before.items() if after.get(path) != digest]:
         _say(f"{some(other)}: other bytes than before (another kind of machine?); dvc.lock has them: git diff dvc.lock")
+    for state in again:  # files of the cache whose names nobody knew; dvc left them as they were
+        _from_copies(state)
     return ""
 
 

@@ -330,12 +330,17 @@ def test_two_outputs_with_the_same_file(check: Said, small: Path) -> None:
     assert check(repair=True) == 0
 
 
-@pytest.mark.parametrize("seed", range(12))
+_FEW, _MANY = range(6), range(6, 60)
+
+
+@pytest.mark.parametrize("remote", [True, False], ids=["remote", "alone"])
+@pytest.mark.parametrize("seed", [*_FEW, *(pytest.param(seed, marks=pytest.mark.slow) for seed in _MANY)])
 def test_whatever_is_lost_comes_back_and_nothing_of_the_users_goes(
-    check: Said, small: Path, whole: dict[str, bytes], seed: int
+    check: Said, small: Path, whole: dict[str, bytes], seed: int, remote: bool
 ) -> None:
-    """Faults anywhere, several at a time; the remote is whole."""
-    add_remote(small)
+    """Faults anywhere, several at a time; with a remote that has everything, and without one."""
+    if remote:
+        add_remote(small)
     rng = random.Random(seed)
     by_hand = {}
     objects = {path: in_cache(path) for path in (FOLDER, ZERO, ONE, TWO, FILE)}
@@ -348,8 +353,9 @@ def test_whatever_is_lost_comes_back_and_nothing_of_the_users_goes(
             by_hand[path] = rng.randbytes(10)
             (small / path).write_bytes(by_hand[path])
     assert check() == 1
-    assert check(repair=True) == 0
+    assert check(repair=True) == 0, check.out + check.err
     assert everything(small) == whole
+    assert ("runs again" not in check.err) or not remote
     assert by_hand.items() <= kept().items()
 
 
