@@ -45,21 +45,25 @@ CHECKS: dict[str, Callable[[], Finding]] = {
 
 def examine() -> Iterator[tuple[str, Finding]]:
     """Run the checks and yield what each finds. Only a wrong Python ends it early: nothing else can be told then."""
-    packages_are_wrong = False
+    failed: set[str] = set()
     for name, check in CHECKS.items():
         try:
             finding = check()
         except InputError as error:
-            finding = fail(" ".join(str(error).split()), "mend it, then `python -m tools.doctor` again")
+            if "params" in failed and str(error).startswith("params.yaml"):
+                finding = warn("cannot be checked (params.yaml is refused)", "mend params.yaml first, as above")
+            else:
+                finding = fail(_one_line(error), "mend it, then `python -m tools.doctor` again")
         except Exception as error:  # one broken package must not hide what the other checks find
-            what = f"cannot be checked ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-            if packages_are_wrong:
+            what = f"cannot be checked ({type(error).__name__}: {_one_line(error)[:200]})"
+            if "lock" in failed:
                 finding = warn(what, "mend the packages first, as above")
             else:
                 finding = fail(what, "python -m pip install --force-reinstall --no-deps -r requirements.txt")
-        packages_are_wrong |= name == "lock" and finding.status == "FAIL"
+        if finding.status == "FAIL":
+            failed.add(name)
         yield name, finding
-        if name == "python" and finding.status == "FAIL":
+        if "python" in failed:
             return
 
 
@@ -84,6 +88,12 @@ def line(name: str, finding: Finding) -> str:
     """A finding as it is printed."""
     fix = f"  ->  {finding.fix}" if finding.fix else ""
     return f"{finding.status:<4}  {name:<10} {finding.says}{fix}"
+
+
+def _one_line(error: Exception) -> str:
+    """The message; of several lines, the first one may be a heading that ends in a colon."""
+    lines = [text.strip() for text in str(error).splitlines() if text.strip()]
+    return "; ".join(lines).replace(":; ", ": ")
 
 
 def _parse() -> argparse.Namespace:

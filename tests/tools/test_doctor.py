@@ -128,15 +128,17 @@ def test_a_good_set_up_passes_and_json_says_the_same(
 def test_failures_are_counted_and_end_with_1(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "CHECKS", {"params": repository.params, "git": repository.git})
+    checks = {"params": repository.params, "git": repository.git, "threads": hardware.threads}
+    monkeypatch.setattr(doctor, "CHECKS", checks)
     assert doctor.main(as_json=False) == 0
-    set_params(here / "params.yaml", {"train.lr": -1})
+    set_params(here / "params.yaml", {"train.lr": -1, "runtime.threads": 0})
     capsys.readouterr()
     assert doctor.main(as_json=False) == 1
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("FAIL  params     params.yaml: train.lr: -1 is refused")
+    assert said[0].startswith("FAIL  params     params.yaml: runtime.threads")
     assert said[1].startswith("ok    git ")
-    assert said[2] == "doctor: 2 checks, 1 failed, 0 warnings"
+    assert said[2].startswith("warn  threads    cannot be checked (params.yaml is refused)  ->  mend params.yaml first")
+    assert said[3] == "doctor: 3 checks, 1 failed, 1 warnings"
 
 
 def test_outside_of_a_repository_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -485,19 +487,13 @@ def test_a_google_drive_remote_that_is_set_up_in_part(small: Path, monkeypatch: 
     finds(found, "FAIL", "gdrive://FOLDER names no folder", "make remote-gdrive FOLDER=")
 
 
-def test_the_key_of_google_drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_google_drive_remote_without_a_key(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tools.drive_key")
     monkeypatch.delenv("GDRIVE_CREDENTIALS_DATA", raising=False)
-    finds(
-        storage._key("gdrive", {}), "FAIL", "the remote gdrive has no key", "dvc remote modify --local gdrive gdrive_"
-    )
-    file = {"gdrive_service_account_json_file_path": str(tmp_path / "key.json")}
-    finds(storage._key("gdrive", file), "FAIL", f"there is no key file {tmp_path}/key.json", "cp /path/to/key.json")
-    (tmp_path / "key.json").write_text(f'{{"private_key": "{KEY}"}}')
-    finds(storage._key("gdrive", file), "ok", f"the key is {tmp_path}/key.json")
-    monkeypatch.setenv("GDRIVE_CREDENTIALS_DATA", f'{{"private_key": "{KEY}"}}')
-    found = storage._key("gdrive", {})
-    finds(found, "ok", "in GDRIVE_CREDENTIALS_DATA")
-    assert KEY not in found.says
+    type_in("dvc remote add -d gdrive gdrive://0123456789abcdef")
+    type_in("dvc remote modify gdrive gdrive_use_service_account true")
+    with pytest.raises(InputError, match="key"):
+        storage.remote()
 
 
 # --- hardware -----------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import queue
 import re
@@ -17,7 +17,8 @@ from tools.checks.finding import Finding, fail, ok, warn
 from tools.checks.settings import section
 
 _LINKS = ["reflink", "hardlink", "symlink"]  # the best first
-_SECONDS_TO_ANSWER = 20.0  # that a remote has
+_PLACEHOLDER = "gdrive://FOLDER_ID"  # until `make remote-gdrive` names a folder
+_SECONDS_TO_ANSWER = 30.0  # that a remote has
 _MUCH = 2e9  # bytes of outputs from which copies instead of links matter
 _SPARE = 1e9  # bytes for checkpoints, traces and the like
 
@@ -87,10 +88,12 @@ def remote() -> Finding:
         config = repo.config
         name = config["core"].get("remote")
         if not name:
-            known = sorted(config["remote"])
+            verb = "remote-local:" in (Path("Makefile").read_text() if Path("Makefile").is_file() else "")
+            add = "make remote-local" if verb else "dvc remote add --default storage /path/to/folder"
+            known = sorted(one for one, found in config["remote"].items() if found["url"] != _PLACEHOLDER)
             return warn(
                 "there is no default remote for `dvc push` and `dvc pull`",
-                f"dvc remote default {known[0]}" if known else "dvc remote add --default storage /path/to/folder",
+                f"dvc remote default {known[0]}" if known else add,
             )
         if name not in config["remote"]:
             return fail(f"the default remote {name} is not configured", f"dvc remote add {name} /path/to/folder")
@@ -132,28 +135,16 @@ def _gdrive(name: str, url: str, settings: dict[str, Any]) -> Finding:
             f"the remote {name} does not verify: a damaged download is taken without a word",
             f"dvc remote modify {name} verify true",
         )
-    if not re.fullmatch(r"gdrive://[\w-]{10,}(/.*)?", url):
+    found = re.fullmatch(r"gdrive://([\w-]{10,})/?", url)
+    if found is None:
         return fail(f"the remote {name}: {url} names no folder of Google Drive", "make remote-gdrive FOLDER=...")
-    if importlib.util.find_spec("tools.remote") is None:
-        return _key(name, settings)
-    check = importlib.import_module("tools.remote").check
-    return _answers(name, url, lambda: check(name, write=False))
+    return _answers(name, url, lambda: _ask_google(name, settings, found[1]))
 
 
-def _key(name: str, settings: dict[str, Any]) -> Finding:
-    """Whether there is a key at all. A configured file beats the variable, even when it is missing."""
-    file = settings.get("gdrive_service_account_json_file_path")
-    if file and not Path(file).is_file():
-        return fail(
-            f"the remote {name}: there is no key file {file}",
-            f"cp /path/to/key.json {file}",
-        )
-    if not file and not os.environ.get("GDRIVE_CREDENTIALS_DATA"):
-        return fail(
-            f"the remote {name} has no key",
-            f"dvc remote modify --local {name} gdrive_service_account_json_file_path /path/to/key.json",
-        )
-    return ok(f"{name}: the key is {file or 'in GDRIVE_CREDENTIALS_DATA'} (Google was not asked)")
+def _ask_google(name: str, settings: dict[str, Any], folder: str) -> None:
+    """InputError when the key or the folder is wrong, with what to do about it; nothing is written."""
+    keys, drive = (importlib.import_module(f"tools.{module}") for module in ("drive_key", "drive_access"))
+    drive.check_access(keys.load_key(name, dict(settings)), folder, False)
 
 
 def _ask_http(url: str) -> None:
