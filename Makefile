@@ -1,6 +1,6 @@
 # `make help` lists the verbs. All of them work on a machine that has Python 3.11, make and git.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-slow lint format exp sweep show dag plots report register promote bench drift-demo lock clean
+.PHONY: help setup repro test test-slow lint format exp sweep show dag plots report register promote bench drift-demo doctor verify lock clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -75,6 +75,12 @@ bench: setup ## compare speed with hand-written loops: make bench DATA=/path/to/
 
 drift-demo: setup ## let drift come, notice it, retrain, and look again, in a clone that is removed
 	python -m tools.drift_demo
+
+doctor: ## say what is wrong with this set-up, and what to type; works before `make setup`, too
+	@if [ -x $(BIN)/python ]; then $(BIN)/python -m tools.doctor; else "$(PYTHON)" -m tools.doctor; fi
+
+verify: setup ## hash every output and DVC's cache: make verify [REPAIR=1]
+	python -m tools.verify $(if $(REPAIR),--repair)
 
 lock: setup ## resolve pyproject.toml into requirements.txt again (needs the package index)
 	python -m pip install --quiet uv
