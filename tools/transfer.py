@@ -42,7 +42,7 @@ def transfer(
             if reasons is None:
                 return
             explain(reasons)
-            reason = reasons.splitlines()[0][:300] if reasons else "dvc failed without a word"
+            reason = _first_error(reasons)
             if attempt < attempts:
                 pause = 2.0 ** (attempt - 1)
                 print(
@@ -73,8 +73,16 @@ def _run(arguments: list[str], patience: float, variables: dict[str, str], reque
         if request:
             raise Stopped(f"{arguments[0]} {request.reason}; what has arrived stays", request.signal_number)
         if stands_still:
-            return f"no progress for {patience:g} s"
+            return f"ERROR: no progress for {patience:g} s"
         return None if process.returncode == 0 else reasons.read_text(errors="replace")
+
+
+def _first_error(reasons: str) -> str:
+    """The first error, which is that of a file; the last one only says how many there were."""
+    error = next((line for line in reasons.splitlines() if line.startswith("ERROR: ")), "ERROR: dvc said nothing")
+    if "CheckoutError" in error:
+        return "a download was damaged: its hash differs"
+    return error.removeprefix("ERROR: ")[:300]
 
 
 def _watch(process: subprocess.Popen[bytes], patience: float, request: StopRequest) -> bool:
@@ -123,7 +131,7 @@ def _wait(seconds: float, request: StopRequest) -> None:
 
 def final_reason(reasons: str) -> None:
     """InputError for what no further try can mend, whatever the remote is."""
-    if "CheckoutError" in reasons:
+    if "CheckoutError" in reasons and "nor on remote" in reasons:
         raise InputError(
             "the remote does not have everything that dvc.lock names: make push where it was made, or "
             "make it here: dvc repro"

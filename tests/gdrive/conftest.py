@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.gdrive.drive import FOLDER_ID, Item
 from tests.gdrive.keys import Account, make_certificates
 from tests.gdrive.server import HOSTS, StandIn
 from tests.helpers import ROOT, commit_all, run
@@ -71,33 +73,58 @@ def google(stand_in: StandIn, account: Account) -> StandIn:
 
 
 @pytest.fixture(scope="session")
-def made_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small repository with this one's DVC configuration and the placeholder for the folder; its pipeline has run."""
+def made_once(tmp_path_factory: pytest.TempPathFactory, account: Account) -> Path:
+    """A small repository whose pipeline has run, with this one's DVC configuration and the stand-in as the remote."""
     folder = tmp_path_factory.mktemp("small") / "repository"
     folder.mkdir()
     run(folder, "git", "init", "-q")
     for name in (".dvc/config", ".dvc/.gitignore", ".gitignore"):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy2(ROOT / name, folder / name)
+    set_folder(folder, FOLDER_ID)
     (folder / ".gitignore").write_text((folder / ".gitignore").read_text() + "/environment.log\n/raw\n/model\n/table\n")
     (folder / "dvc.yaml").write_text(PIPELINE)
     (folder / "make.py").write_text(MAKE)
-    commit_all(folder)
     run(folder, "dvc", "repro")
     commit_all(folder)
+    put_key(folder, account)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pushed_once(made_once: Path, stand_in: StandIn, account: Account) -> dict[str, Item]:
+    """What is on the Drive when its data has been pushed."""
+    stand_in.reset()
+    stand_in.accounts[account.email] = account.public
+    tool(stand_in, made_once, "push")
+    return copy.deepcopy(stand_in.drive.items)
+
+
+@pytest.fixture
+def small(made_once: Path, google: StandIn, tmp_path: Path) -> Path:
+    """A copy of the small repository, with the key in its place."""
+    folder = tmp_path / "small"
+    shutil.copytree(made_once, folder, symlinks=True)
     return folder
 
 
 @pytest.fixture
-def small(made_once: Path, google: StandIn, account: Account, tmp_path: Path) -> Path:
-    """A copy of the small repository, whose remote is the stand-in's folder, with the key in its place."""
-    folder = tmp_path / "small"
-    shutil.copytree(made_once, folder, symlinks=True)
-    config = (folder / ".dvc/config").read_text().replace("gdrive://FOLDER_ID", f"gdrive://{google.drive.root.id}")
-    (folder / ".dvc/config").write_text(config.replace("[core]", "[core]\n    remote = gdrive"))
-    commit_all(folder)
+def empty(made_once: Path, pushed_once: dict[str, Item], google: StandIn, account: Account, tmp_path: Path) -> Path:
+    """A fresh clone with the key and without any data, which is on the Drive."""
+    google.drive.items |= copy.deepcopy(pushed_once)
+    folder = tmp_path / "clone"
+    run(made_once, "git", "clone", "-q", str(made_once), str(folder))
     put_key(folder, account)
     return folder
+
+
+def set_folder(folder: Path, folder_id: str) -> None:
+    """Make a folder of the Drive the default remote, as `setup-gdrive` does."""
+    config = (folder / ".dvc/config").read_text()
+    config = config.replace("gdrive://FOLDER_ID", f"gdrive://{folder_id}").replace(
+        "[core]", "[core]\n    remote = gdrive"
+    )
+    (folder / ".dvc/config").write_text(config)
 
 
 def put_key(folder: Path, account: Account) -> None:
@@ -106,12 +133,6 @@ def put_key(folder: Path, account: Account) -> None:
     (folder / ".dvc/config.local").write_text(
         f"['remote \"gdrive\"']\n    gdrive_service_account_json_file_path = ../{KEY_FILE}\n"
     )
-
-
-def clone(source: Path, folder: Path) -> Path:
-    """A fresh clone, with nothing in DVC's cache."""
-    run(source, "git", "clone", "-q", str(source), str(folder))
-    return folder
 
 
 def tool(

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+FOLDER_ID = "1FolderOfTheTests"
 FOLDER = "application/vnd.google-apps.folder"
 
 
@@ -44,7 +45,7 @@ class Drive:
     def reset(self) -> None:
         """Empty the Drive, and let all be well."""
         self.drive_id: str | None = "0ASharedDriveOfTheTests"
-        self.root = Item("experiments", parent="root", mime_type=FOLDER)
+        self.root = Item("experiments", parent="root", mime_type=FOLDER, id=FOLDER_ID)
         self.items = {self.root.id: self.root}
         self.role = "writer"
         self.shared = True
@@ -128,7 +129,7 @@ class Drive:
         return item.mime_type != FOLDER and not any(step.trashed for step in self._chain(item))
 
     def _chain(self, item: Item) -> Iterator[Item]:
-        while item is not self.root:
+        while item.id != self.root.id:
             yield item
             item = self.items[item.parent]
 

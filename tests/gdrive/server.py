@@ -40,6 +40,7 @@ class Fault:
     call: str  # token, metadata, list, folder, upload, chunk, download, trash
     kind: str  # 503, 403, 401, corrupt, drop, stall
     times: int = 1
+    min_bytes: int = 0  # of the file that is sent
 
 
 class StandIn(ThreadingHTTPServer):
@@ -82,12 +83,12 @@ class StandIn(ThreadingHTTPServer):
         trust = {name: str(self.authority) for name in ("HTTPLIB2_CA_CERTS", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")}
         return trust | {"https_proxy": proxy, "HTTPS_PROXY": proxy, "no_proxy": "", "NO_PROXY": ""}
 
-    def fault(self, call: str) -> str | None:
+    def fault(self, call: str, num_bytes: int) -> str | None:
         """Note a call; the kind of fault that is due at it."""
         with self.lock:
             self.calls.append(call)
             for fault in self.faults:
-                if fault.call == call and fault.times > 0:
+                if fault.call == call and fault.times > 0 and num_bytes >= fault.min_bytes:
                     fault.times -= 1
                     return fault.kind
         return None
@@ -137,8 +138,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body: bytes | None) -> None:
         url = urlsplit(self.path)
         call, answer = self._route(url.path, {key: values[-1] for key, values in parse_qs(url.query).items()})
-        fault = self.server.fault(call)
         size = int(self.headers.get("Content-Length") or 0)
+        item = self.server.drive.items.get(url.path.rpartition("/")[2])
+        fault = self.server.fault(call, len(item.content) if item else size)
         if fault == "drop" and size:  # in the middle of what is sent here
             self.rfile.read(size // 2)
             self._drop()

@@ -1,0 +1,106 @@
+"""What the network and Google may do to a transfer: it heals, or ends in bounded time with a line that says why."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.gdrive.conftest import tool
+from tests.gdrive.server import Fault, StandIn
+from tests.helpers import files, start, wait_until
+
+IMPATIENT = ("--patience", "6", "--attempts", "2")
+
+
+def exhausted(google: StandIn) -> bool:
+    return all(fault.times == 0 for fault in google.faults)
+
+
+def test_push_heals_what_google_asks_to_try_again(small: Path, google: StandIn) -> None:
+    google.faults = [
+        *(Fault(call, "503") for call in ("metadata", "list", "folder", "upload", "chunk")),
+        *(Fault(call, "403") for call in ("list", "upload")),
+        *(Fault(call, "401") for call in ("list", "folder", "upload")),
+    ]
+    result = tool(google, small, "push", *IMPATIENT)
+    assert exhausted(google)
+    assert "again in" not in result.stderr  # the client's own retries do
+    assert google.drive.files().items() <= files(small / ".dvc/cache").items()
+    assert len(google.drive.files()) == 6
+
+
+def test_pull_heals_what_google_asks_to_try_again(empty: Path, made_once: Path, google: StandIn) -> None:
+    google.faults = [Fault("download", kind) for kind in ("503", "403", "401")]
+    result = tool(google, empty, "pull", *IMPATIENT)
+    assert exhausted(google)
+    assert "again in" not in result.stderr
+    assert files(empty / "model", empty / "table") == files(made_once / "model", made_once / "table")
+
+
+@pytest.mark.parametrize("kind", ["corrupt", "drop", "stall"])
+def test_a_broken_download_is_fetched_again(kind: str, empty: Path, made_once: Path, google: StandIn) -> None:
+    google.faults = [Fault("download", kind, min_bytes=10_000)]
+    result = tool(google, empty, "pull", *IMPATIENT)
+    assert exhausted(google)
+    assert "pull failed (" in result.stderr
+    assert "again in 1 s, 2 of 2" in result.stderr
+    assert files(empty / "model", empty / "table") == files(made_once / "model", made_once / "table")
+
+
+@pytest.mark.parametrize("kind", ["drop", "stall"])
+def test_a_broken_upload_is_sent_again(kind: str, small: Path, google: StandIn) -> None:
+    google.faults = [Fault("chunk", kind, min_bytes=10_000)]
+    tool(google, small, "push", *IMPATIENT)
+    assert exhausted(google)
+    assert google.drive.files().items() <= files(small / ".dvc/cache").items()
+    assert len(google.drive.files()) == 6
+
+
+def test_a_network_that_stays_broken_ends_the_pull(empty: Path, google: StandIn) -> None:
+    google.faults = [Fault("download", "stall", times=1000)]
+    began = time.monotonic()
+    result = tool(google, empty, "pull", "--patience", "3", "--attempts", "2", check=False)
+    assert time.monotonic() - began < 60
+    assert result.returncode == 1
+    assert "remote: pull failed 2 times, the last time with: " in result.stderr
+    assert "run it again later" in result.stderr
+    assert not (empty / "model").exists()
+
+
+def test_a_full_drive_is_named(small: Path, google: StandIn) -> None:
+    google.drive.quota = 50_000
+    result = tool(google, small, "push", *IMPATIENT, check=False)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("remote: error: no storage is left for pusher@driftline-tests")
+    assert "use a folder in a Shared Drive" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+    google.drive.drive_id, google.drive.quota = None, 0  # a folder in My Drive: refused before anything is sent
+    google.calls.clear()
+    result = tool(google, small, "push", *IMPATIENT, check=False)
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+    assert "use a folder in a Shared Drive" in result.stderr
+    assert set(google.calls) == {"token", "metadata", "about"}
+
+
+def test_a_request_to_stop_ends_dvc_too(empty: Path, google: StandIn) -> None:
+    google.faults = [Fault("download", "stall", times=1000)]
+    process = start(
+        empty,
+        *("python", "-m", "tools.remote", "pull"),
+        environment=google.environment | {"PYTHONPATH": os.fspath(Path.cwd())},
+    )
+    wait_until(lambda: "download" in google.calls)
+    (child,) = psutil.Process(process.pid).children()
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "what has arrived stays" in output
+    assert time.monotonic() - began < 10
+    assert not child.is_running()
