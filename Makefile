@@ -7,6 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Stages are run as `python -m ...`: the virtual environment's python must be the first on PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Stages inherit the environment, and must not see the key to the remote.
+unexport GDRIVE_CREDENTIALS_DATA
+remote-gdrive push pull: export GDRIVE_CREDENTIALS_DATA := $(value GDRIVE_CREDENTIALS_DATA)
 # What was installed last: a new requirements.txt installs again.
 STAMP := $(VENV)/.installed
 

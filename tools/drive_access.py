@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
+from http.client import HTTPException
 from typing import Any
+from urllib.parse import quote
 
 from stages.core.errors import InputError
 from tools.drive_key import Key
@@ -35,7 +38,7 @@ def check_access(key: Key, folder: str, writing: bool) -> Access:
 
     ConnectionError when Google cannot be reached, or has no time for us.
     """
-    answer = _Drive(key).get(f"files/{folder}", _FIELDS)
+    answer = _ask(key, f"files/{folder}", _FIELDS)
     if answer is None:
         raise InputError(
             f"the folder {folder} is not there, or not shared with {key.email}: share it with this address as "
@@ -61,91 +64,102 @@ def quota_message(key: Key) -> str:
 
 
 def _check_quota(key: Key) -> None:
-    about = _Drive(key).get("about", "quotaBytesTotal,quotaBytesUsedAggregate") or {}
+    about = _ask(key, "about", "quotaBytesTotal,quotaBytesUsedAggregate") or {}
     total, used = (int(about.get(name, 0)) for name in ("quotaBytesTotal", "quotaBytesUsedAggregate"))
     if used >= total:
         raise InputError(quota_message(key))
 
 
-class _Drive:
-    """Questions to the Drive API in the name of a service account."""
+def _ask(key: Key, path: str, fields: str) -> dict[str, Any] | None:
+    """The Drive API's answer to a service account, or None where it knows nothing of the kind.
 
-    def __init__(self, key: Key) -> None:
-        from google.auth.transport.requests import AuthorizedSession
-        from google.oauth2.service_account import Credentials
+    Asked with the libraries of dvc's client, so that a proxy or a certificate counts here as it does there.
+    """
+    import httplib2
+    from oauth2client.service_account import ServiceAccountCredentials
 
-        self.key = key
-        credentials: Any = Credentials.from_service_account_info(key.info, scopes=_SCOPES)  # type: ignore[no-untyped-call]
-        self.session: Any = AuthorizedSession(credentials, refresh_timeout=_SECONDS)  # type: ignore[no-untyped-call]
-
-    def get(self, path: str, fields: str) -> dict[str, Any] | None:
-        """The API's answer, or None where it knows nothing of the kind."""
-        import requests
-        from google.auth.exceptions import GoogleAuthError, RefreshError
-
+    connections = httplib2.Http(timeout=_SECONDS)
+    http = ServiceAccountCredentials.from_json_keyfile_dict(key.info, scopes=_SCOPES).authorize(connections)
+    num_broken = 0
+    try:
         for pause in (*_PAUSES, None):
             try:
-                response = self.session.get(
-                    f"{_API}/{path}", params={"supportsAllDrives": "true", "fields": fields}, timeout=_SECONDS
-                )
-            except RefreshError as error:
-                raise _refused(self.key, error) from None
-            except (GoogleAuthError, requests.RequestException) as error:
-                raise ConnectionError(f"Google Drive cannot be reached ({_cause(error)})") from None
-            if response.status_code == 200:
-                answer: dict[str, Any] = response.json()
+                status, answer = _get(http, key, f"{_API}/{path}?supportsAllDrives=true&fields={quote(fields)}")
+            except ConnectionError:
+                num_broken += 1
+                if pause is None or num_broken > 2:
+                    raise
+                time.sleep(pause)
+                continue
+            if status == 200:
                 return answer
-            if response.status_code == 404:
+            if status == 404:
                 return None
-            reason, message = _error(response)
+            reason, message = _error(answer)
             if reason in ("accessNotConfigured", "SERVICE_DISABLED"):
                 raise InputError(
-                    f"the Google Drive API is off in the project of {self.key.email}: enable it at "
+                    f"the Google Drive API is off in the project of {key.email}: enable it at "
                     f"https://console.cloud.google.com/apis/library/drive.googleapis.com, and wait a minute"
                 )
-            if response.status_code not in (403, 429) and response.status_code < 500:
+            if pause is None or (status not in (403, 429) and status < 500):
                 break
-            if pause is not None:
-                time.sleep(pause)
-        raise ConnectionError(f"Google Drive answers with status {response.status_code}: {message}")
+            time.sleep(pause)
+    finally:
+        connections.close()
+    raise ConnectionError(f"Google Drive answers with status {status}: {message}")
 
 
-def _refused(key: Key, error: Exception) -> Exception:
+def _get(http: Any, key: Key, url: str) -> tuple[int, dict[str, Any]]:
+    """One answer; what keeps us from any becomes an error that says so."""
+    import httplib2
+    from oauth2client.client import HttpAccessTokenRefreshError
+
+    try:
+        response, content = http.request(url)
+    except HttpAccessTokenRefreshError as error:
+        if error.status is not None and int(error.status) >= 500:
+            return int(error.status), {}
+        raise _refused(key, str(error)) from None
+    except (httplib2.HttpLib2Error, HTTPException, OSError) as error:
+        raise ConnectionError(f"Google Drive cannot be reached ({type(error).__name__}: {error})") from None
+    try:
+        answer = json.loads(content)
+    except ValueError:
+        answer = {}
+    return response.status, answer if isinstance(answer, dict) else {}
+
+
+def _refused(key: Key, answer: str) -> Exception:
     """What is behind Google's refusal to log us in."""
-    text = str(error.args[0] if error.args else error)
-    if "reasonable timeframe" in text or "iat and exp" in text:
+    if "reasonable timeframe" in answer or "iat and exp" in answer:
         return InputError(f"this machine's clock is wrong{_clock_error(key)}: set it (timedatectl set-ntp true)")
-    if "account not found" in text or "Invalid JWT Signature" in text or "invalid_grant" in text:
+    if "invalid_grant" in answer or "Invalid JWT" in answer:
         return InputError(
             f"Google does not know the key {key.id[:12]} of {key.email} in {key.origin} (deleted, disabled, or of "
             f"another account): make a new key in the console (docs/REMOTE.md)"
         )
-    return ConnectionError(f"Google does not log {key.email} in ({text[:200]})")
+    return ConnectionError(f"Google does not log {key.email} in ({answer[:200]})")
 
 
 def _clock_error(key: Key) -> str:
     """How far the clock is off, by the date in Google's answer."""
-    import requests
+    import httplib2
 
+    connections = httplib2.Http(timeout=_SECONDS)
     try:
-        date = requests.head(key.info["token_uri"], timeout=_SECONDS).headers["Date"]
-        seconds = (datetime.now(timezone.utc) - parsedate_to_datetime(date)).total_seconds()
-    except (requests.RequestException, KeyError, ValueError):
+        response, _ = connections.request(key.info["token_uri"], method="HEAD")
+        date = parsedate_to_datetime(response["date"])
+    except (httplib2.HttpLib2Error, HTTPException, OSError, KeyError, ValueError):
         return ""
+    finally:
+        connections.close()
+    seconds = (datetime.now(timezone.utc) - date).total_seconds()
     return f" by {abs(seconds) / 60:.0f} minutes ({'fast' if seconds > 0 else 'slow'})"
 
 
-def _error(response: Any) -> tuple[str, str]:
+def _error(answer: dict[str, Any]) -> tuple[str, str]:
     """Reason and message of the API's error."""
     try:
-        error = response.json()["error"]
-        return str(error["errors"][0]["reason"]), str(error["message"])
-    except (ValueError, KeyError, IndexError, TypeError):
-        return "", str(response.reason)
-
-
-def _cause(error: BaseException) -> str:
-    """The innermost reason, in a line."""
-    while inner := error.__cause__ or error.__context__:
-        error = inner
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        return str(answer["error"]["errors"][0]["reason"]), str(answer["error"]["message"])
+    except (KeyError, IndexError, TypeError):
+        return "", "no reason given"

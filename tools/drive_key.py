@@ -164,20 +164,13 @@ def _kind(info: dict[str, Any]) -> str:
 
 
 def _check_private_key(pem: str, origin: str) -> None:
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+    """Sign something, with the library that dvc's client signs with."""
+    from oauth2client.crypt import Signer
 
     try:
-        if isinstance(load_pem_private_key(pem.encode(), password=None), RSAPrivateKey):
-            return
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        pass
-    why = (
-        "its line breaks are written \\\\n and must be \\n"
-        if "\\n" in pem
-        else "it is cut, or its line breaks are lost"
-    )
-    raise InputError(
-        f"private_key in {origin} is damaged ({why}): copy the key file again as a whole, or make a new key ({_HOW})"
-    )
+        Signer.from_string(pem).sign(b"")
+    except Exception:  # of whichever parser it has
+        lost = "its line breaks are \\\\n and must be \\n" if "\\n" in pem else "it is cut, or its line breaks are lost"
+        raise InputError(
+            f"private_key in {origin} is damaged ({lost}): copy the whole key file again, or make a new key ({_HOW})"
+        ) from None

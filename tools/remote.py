@@ -122,7 +122,8 @@ def move(command: str, patience: float, attempts: int) -> None:
             raise InputError(quota_message(key))
         check_access(key, _drive_folder(name, settings), writing=command == "push")
 
-    transfer([command, "--remote", name, *_targets(command)], patience, attempts, explain, {})
+    variables = {VARIABLE: key.text} if key.file is None else {}
+    transfer([command, "--remote", name, *_targets(command)], patience, attempts, explain, variables)
 
 
 def _ask(name: str, settings: dict[str, Any], writing: bool) -> tuple[Key, Access]:

@@ -14,7 +14,7 @@ from tests.gdrive.conftest import tool
 from tests.gdrive.server import Fault, StandIn
 from tests.helpers import files, start, wait_until
 
-IMPATIENT = ("--patience", "6", "--attempts", "2")
+IMPATIENT = ("--patience", "4", "--attempts", "3")
 
 
 def exhausted(google: StandIn) -> bool:
@@ -36,6 +36,7 @@ def test_push_heals_what_google_asks_to_try_again(small: Path, google: StandIn) 
 
 def test_pull_heals_what_google_asks_to_try_again(empty: Path, made_once: Path, google: StandIn) -> None:
     google.faults = [Fault("download", kind) for kind in ("503", "403", "401")]
+    google.faults += [Fault("metadata", kind) for kind in ("503", "403", "401", "drop")]  # those of the check before it
     result = tool(google, empty, "pull", *IMPATIENT)
     assert exhausted(google)
     assert "again in" not in result.stderr
@@ -48,7 +49,7 @@ def test_a_broken_download_is_fetched_again(kind: str, empty: Path, made_once: P
     result = tool(google, empty, "pull", *IMPATIENT)
     assert exhausted(google)
     assert "pull failed (" in result.stderr
-    assert "again in 1 s, 2 of 2" in result.stderr
+    assert "again in 1 s, 2 of 3" in result.stderr
     assert files(empty / "model", empty / "table") == files(made_once / "model", made_once / "table")
 
 
@@ -64,7 +65,7 @@ def test_a_broken_upload_is_sent_again(kind: str, small: Path, google: StandIn) 
 def test_a_network_that_stays_broken_ends_the_pull(empty: Path, google: StandIn) -> None:
     google.faults = [Fault("download", "stall", times=1000)]
     began = time.monotonic()
-    result = tool(google, empty, "pull", "--patience", "3", "--attempts", "2", check=False)
+    result = tool(google, empty, "pull", "--patience", "2", "--attempts", "2", check=False)
     assert time.monotonic() - began < 60
     assert result.returncode == 1
     assert "remote: pull failed 2 times, the last time with: " in result.stderr
