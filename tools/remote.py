@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,11 @@ def setup_gdrive(folder: str) -> None:
             del config["core"]["remote"]
     with _config().edit("repo") as config:
         config["remote"][_GDRIVE] = {
+            "gdrive_use_service_account": "true",
+            "gdrive_trash_only": "true",  # a content manager of a Shared Drive may not delete
+            "verify": "true",  # otherwise dvc accepts a damaged download
+            **config["remote"].get(_GDRIVE, {}),
             "url": f"gdrive://{folder_id}",
-            "gdrive_use_service_account": True,
-            "gdrive_trash_only": True,
-            "verify": True,
         }
         config["core"]["remote"] = _GDRIVE
     print(f"remote: gdrive://{folder_id} is the remote now; share it: git add .dvc/config && git commit")
@@ -133,6 +135,8 @@ def _ask(name: str, settings: dict[str, Any], writing: bool) -> tuple[Key, Acces
     access = check_access(key, folder, writing)
     if key.file is not None and CONFIGURED not in settings:
         _name_key(key.file)
+    if key.file is not None and key.file.stat().st_mode & 0o077:
+        print(f"remote: others may read the key {key.origin}: chmod 600 {key.origin}", file=sys.stderr)
     return key, access
 
 

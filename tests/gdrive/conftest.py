@@ -130,6 +130,7 @@ def set_folder(folder: Path, folder_id: str) -> None:
 def put_key(folder: Path, account: Account) -> None:
     (folder / KEY_FILE).parent.mkdir(exist_ok=True)
     (folder / KEY_FILE).write_text(account.text)
+    (folder / KEY_FILE).chmod(0o600)
     (folder / ".dvc/config.local").write_text(
         f"['remote \"gdrive\"']\n    gdrive_service_account_json_file_path = ../{KEY_FILE}\n"
     )

@@ -63,6 +63,7 @@ def refusal(account: Account, other_account: Account) -> Callable[[], str]:
 def key_file(text: str | bytes) -> None:
     Path(KEY_FILE).parent.mkdir(exist_ok=True)
     Path(KEY_FILE).write_bytes(text if isinstance(text, bytes) else text.encode())
+    Path(KEY_FILE).chmod(0o600)
 
 
 def test_a_good_key_is_taken_wherever_it_is(
@@ -76,6 +77,9 @@ def test_a_good_key_is_taken_wherever_it_is(
     os.environ.pop("GDRIVE_CREDENTIALS_DATA")
     remote.check()
     assert str(here / KEY_FILE) in Path(".dvc/config.local").read_text()
+    Path(KEY_FILE).chmod(0o644)
+    remote.check()
+    assert capsys.readouterr().err == f"remote: others may read the key {KEY_FILE}: chmod 600 {KEY_FILE}\n"
 
 
 def test_missing(here: Path, refusal: Callable[[], str]) -> None:
@@ -266,7 +270,7 @@ def test_the_folder_is_set_for_everybody(folder: str, here: Path, account: Accou
     remote.setup_local(here / "somewhere")
     remote.setup_gdrive(folder)
     config = Path(".dvc/config").read_text()
-    for line in (f"url = gdrive://{FOLDER_ID}", "verify = True", "use_service_account = True", "remote = gdrive"):
+    for line in (f"url = gdrive://{FOLDER_ID}", "verify = true", "use_service_account = true", "remote = gdrive"):
         assert line in config
     assert "core" not in Path(".dvc/config.local").read_text()
 
