@@ -93,8 +93,8 @@ drift-demo: setup ## let drift come, notice it, retrain, and look again, in a cl
 
 lock: setup ## resolve pyproject.toml into requirements.txt again (needs the package index)
 	python -m pip install --quiet uv
-	uv pip compile --quiet --universal --python-version 3.10 --group dev --no-header -o requirements.txt pyproject.toml
-	sed -i.old "/sys_platform == 'never'/d" requirements.txt && rm requirements.txt.old
+	uv pip compile --quiet --universal --python-version 3.10 --group dev --no-header --generate-hashes \
+	  --no-emit-package pyopenssl -o requirements.txt pyproject.toml
 
 sbom: setup ## list every package of the lock in sbom.json (CycloneDX)
 	cyclonedx-py requirements requirements.txt --pyproject pyproject.toml --output-reproducible --of JSON -o sbom.json
