@@ -71,7 +71,7 @@ def test_no_secret_that_the_baseline_does_not_know(tmp_path: Path) -> None:
     """The baseline has what was looked at and is none: hashes, and keys made up for tests."""
     excluded = re.compile(r"^(dvc\.lock|requirements\.txt|\.secrets\.baseline)$|\.(png|ipynb)$")
     names = [name for name in tracked() if not excluded.search(name)]
-    baseline = shutil.copy(ROOT / ".secrets.baseline", tmp_path)  # which the hook writes line numbers into
+    baseline = shutil.copy(str(ROOT / ".secrets.baseline"), str(tmp_path))  # which the hook writes line numbers into
     result = run(ROOT, "detect-secrets-hook", "--baseline", baseline, *names, check=False)
     assert result.returncode in (0, 3), result.stdout  # 3: known ones are at other lines
 

@@ -118,7 +118,7 @@ def test_ci(make_runner: Callable[[], Runner], github: Repository) -> None:
     (runner.checkout / "params.yaml").write_text(
         (runner.checkout / "params.yaml").read_text().replace("num_bins: 15", "num_bins: 5")
     )
-    assert runner.execute(step("ci", "Nothing is left to do"), check=False).returncode == 1
+    assert runner.attempt(step("ci", "Nothing is left to do")).returncode == 1
     base = run(runner.checkout, "git", "rev-parse", "HEAD~1").stdout.strip()
     runner.execute(step("ci", "Report"), BASE=base, NUMBER="7")
     assert base[:7] in runner.summary
@@ -132,7 +132,7 @@ def test_ci(make_runner: Callable[[], Runner], github: Repository) -> None:
     assert comment["issue"] == 7
     assert comment["body"].startswith("<!-- driftline-report -->")
     (other.temporary / "report/number").write_text("7; touch /tmp/x")
-    assert other.execute(step("report", "Comment"), check=False, HEAD="abc", **github.environment).returncode == 2
+    assert other.attempt(step("report", "Comment"), HEAD="abc", **github.environment).returncode == 2
 
 
 def test_a_push_has_a_report_too(make_runner: Callable[[], Runner]) -> None:
@@ -194,7 +194,7 @@ def test_inputs_are_data(make_runner: Callable[[], Runner]) -> None:
         ({"NAME": "../x"}, "small letters, digits and dashes"),
         ({"RECIPE": "gpu --force"}, "names in recipes/"),
     ):
-        result = runner.execute(step("train", "Train"), check=False, **{**nothing, **inputs})
+        result = runner.attempt(step("train", "Train"), **{**nothing, **inputs})
         assert result.returncode == 2, result.stderr
         assert says in result.stderr
         assert not (runner.checkout / "pwned").exists()
@@ -250,7 +250,7 @@ def test_a_retraining_runs_on_the_batch(make_runner: Callable[[], Runner], tmp_p
     assert "nothing to do: no drift" in result.stdout
     assert "nothing differs" in result.stdout
     inputs["BATCH"] = "../monday"
-    result = runner.execute(step("train", "Train"), check=False, **inputs, NAME="", OVERRIDES="", RECIPE="")
+    result = runner.attempt(step("train", "Train"), **inputs, NAME="", OVERRIDES="", RECIPE="")
     assert (result.returncode, "is no name of a batch" in result.stderr) == (2, True)
 
 
@@ -260,7 +260,7 @@ def test_google_drive_is_asked_where_there_is_a_key(make_runner: Callable[[], Ru
     runner.execute(step("train", "Set up"))
     run(runner.checkout, "dvc", "remote", "add", "--default", "drive", "gdrive://folder")
     run(runner.checkout, "dvc", "remote", "modify", "drive", "gdrive_use_service_account", "true")
-    result = runner.execute(step("train", "Pull data and models"), check=False, GDRIVE_CREDENTIALS_DATA=key)
+    result = runner.attempt(step("train", "Pull data and models"), GDRIVE_CREDENTIALS_DATA=key)
     assert ("is not set" in result.stdout) == (not asked)
     assert result.returncode == (1 if asked else 0)
     assert "not a key" not in result.stdout + result.stderr

@@ -69,13 +69,19 @@ class Runner:
         }
         link_environment(checkout)
 
-    def execute(self, found: Step, *, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+    def execute(self, found: Step, **env: str) -> subprocess.CompletedProcess[str]:
+        """Run a step's commands, which must succeed."""
+        result = self.attempt(found, **env)
+        assert result.returncode == 0, f"{found.name}: rc {result.returncode}\n{result.stdout}\n{result.stderr}"
+        return result
+
+    def attempt(self, found: Step, **env: str) -> subprocess.CompletedProcess[str]:
         """Run a step's commands by `bash -e -o pipefail`, with the variables that it declares and GitHub's own."""
         assert set(found.env) <= env.keys(), f"{found.name} declares {found.env}"
         for file in self._files.values():
             file.touch()
         path = [*reversed(self._files["GITHUB_PATH"].read_text().split()), "/usr/local/bin", "/usr/bin", "/bin"]
-        result = subprocess.run(
+        return subprocess.run(
             ["bash", "--noprofile", "--norc", "-e", "-o", "pipefail", "-c", found.run],
             cwd=self.checkout,
             env={
@@ -93,9 +99,6 @@ class Runner:
             text=True,
             timeout=900,
         )
-        if check:
-            assert result.returncode == 0, f"{found.name}: rc {result.returncode}\n{result.stdout}\n{result.stderr}"
-        return result
 
     @property
     def outputs(self) -> dict[str, str]:
