@@ -55,7 +55,7 @@ def test_shellcheck_of_every_run_block(step: Step) -> None:
 
 
 def test_shellcheck_of_scripts() -> None:
-    scripts = [*map(str, SCRIPTS), "docker-entrypoint.sh", ".ci/run"]
+    scripts = [*map(str, SCRIPTS), "docker-entrypoint.sh", ".ci/run", ".ci/docker"]
     run(ROOT, "shellcheck", "--severity=style", *scripts)
 
 
