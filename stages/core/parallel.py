@@ -45,8 +45,8 @@ def parallel_map(
                 "a worker process was killed, most likely because memory ran out: lower runtime.workers"
             ) from None
         finally:
-            for future in waiting:
-                future.cancel()
+            # Not future.cancel(): before Python 3.11.4 the pool can then wait for ever (python/cpython#94440).
+            pool.shutdown(cancel_futures=True)
 
 
 def _apply(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
