@@ -23,7 +23,7 @@ PARAMS = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
 def test_params_that_are_named_exist(document: str) -> None:
     text = (ROOT / document).read_text()
     named = set(re.findall(rf"\b({'|'.join(PARAMS)})\.(\w+)\b(?!\()", text))
-    suffixes = {"py", "json", "yaml", "yml", "npy", "tar", "safetensors"}  # model.json is a file
+    suffixes = {"py", "json", "yaml", "yml", "npy", "tar", "safetensors", "onnx"}  # model.json is a file
     missing = {f"{section}.{key}" for section, key in named if key not in PARAMS[section] and key not in suffixes}
     assert not missing
 
