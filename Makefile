@@ -1,6 +1,6 @@
 # `make help` lists the verbs. All of them work on a machine that has Python 3.11, make and git.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-slow lint format exp sweep show dag plots report register promote remote-local remote-gdrive push pull bench drift-demo doctor verify lock sbom docker-build docker-shell docker-pull docker-train docker-test docker-folders clean
+.PHONY: help setup repro test test-slow lint format exp sweep show dag plots report register promote remote-local remote-gdrive push pull bench drift-demo doctor verify lock sbom docker-build docker-shell docker-pull docker-train docker-test clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
