@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +93,12 @@ def save(folder: Path, model: nn.Module, spec: ModelSpec) -> None:
     """Write a model directory (model.safetensors, model.json) that appears whole or not at all."""
     with replace_directory(folder) as out:
         state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-        save_file(state, out / "model.safetensors")
+        try:
+            save_file(state, out / "model.safetensors")
+        except SafetensorError as error:  # which hides what the disk said
+            if number := re.search(r"os error (\d+)", str(error)):
+                raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from None
+            raise
         write_json(out / "model.json", spec.model_dump())
 
 
