@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stages.core.errors import InputError
-from stages.core.output import replace_directory, write_json
+from stages.core.output import disk_errors, replace_directory, write_json
 from stages.core.params import Section
 from stages.core.recipe import ModelParams
 
@@ -93,12 +91,8 @@ def save(folder: Path, model: nn.Module, spec: ModelSpec) -> None:
     """Write a model directory (model.safetensors, model.json) that appears whole or not at all."""
     with replace_directory(folder) as out:
         state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-        try:
+        with disk_errors(folder):
             save_file(state, out / "model.safetensors")
-        except SafetensorError as error:  # which hides what the disk said
-            if number := re.search(r"os error (\d+)", str(error)):
-                raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from None
-            raise
         write_json(out / "model.json", spec.model_dump())
 
 

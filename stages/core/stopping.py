@@ -57,20 +57,29 @@ def stop_requests() -> Iterator[StopRequest]:
 
 
 def run_stage(main: Callable[[], None], name: str) -> None:
-    """`run_main` for a stage that has nothing to save: SIGTERM and the death of dvc end it, and it cleans up."""
-    reason = "stopped by SIGTERM"
+    """`run_main` for a stage with nothing to save: SIGTERM, Ctrl-C and the death of dvc end it, and it cleans up."""
+    asked = StopRequest()
 
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(reason, number)
+    def stop(number: int, frame: FrameType | None) -> None:
+        asked.ask("interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}", number)
+        raise KeyboardInterrupt(asked.reason, asked.signal_number)
 
-    def when_gone(why: str) -> None:
-        nonlocal reason
-        reason = why
+    def when_gone(reason: str) -> None:
+        asked.ask(reason)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    signal.signal(signal.SIGTERM, on_signal)
+    def stopped_or_ended() -> None:
+        try:
+            main()
+        except BaseException:
+            if asked:  # libraries catch it at times, and fail of something else then
+                raise KeyboardInterrupt(asked.reason, asked.signal_number) from None
+            raise
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     watch_owner(when_gone)
-    run_main(main, name)
+    run_main(stopped_or_ended, name)
 
 
 def watch_owner(when_gone: Callable[[str], None]) -> threading.Event:
