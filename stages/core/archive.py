@@ -312,6 +312,8 @@ def _arrange(
         if _is_litter(name) or name.parts[: len(root)] != root:
             continue
         inside = name.parts[len(root) :]
+        if not inside:
+            raise InputError(f"{path}: {member.name!r} is a file, where the set's folder should be")
         if inside[0] not in SPLITS:
             continue  # a README or a CSV beside the splits
         if len(inside) != 3:

@@ -42,12 +42,9 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
     for name, value in report.user_properties:
         if name == "measured":
             result["measured"] = value
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    cache = session.config.cache
-    if cache is not None and (found := session.config.stash[_found]):
-        cache.set(RESULTS, cache.get(RESULTS, {}) | found)
+    cache = item.config.cache
+    if report.when == "teardown" and cache is not None:  # at once: a run that is cut short keeps what it found
+        cache.set(RESULTS, cache.get(RESULTS, {}) | item.config.stash[_found])
 
 
 @pytest.fixture

@@ -105,6 +105,14 @@ def _second_header_damaged(content: bytes) -> bytes:
     return content[:offset] + b"\xff" * 100 + content[offset + 100 :]
 
 
+def _without_a_name(content: bytes) -> bytes:
+    """The first member's header with an empty name, and the checksum to it."""
+    header = bytearray(content[:512])
+    header[:100], header[148:156] = bytes(100), b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + content[512:]
+
+
 def _zip_fields(**fields: int) -> Callable[[bytes], bytes]:
     """Overwrite two bytes of the first member, in both of its headers: (offset in the local, in the central one)."""
     offsets = {"method": (8, 10), "flags": (6, 8), "version": (4, 6)}
@@ -241,6 +249,7 @@ ARCHIVES = [
     Hostile("name not UTF-8 in a zip", "Refused, though it claims to be UTF-8.", _changed(
         _zip({"train/cat/é.jpg": IMAGE}), lambda content: content.replace("é".encode(), b"\xff\xfe")
     ), "broken or truncated zip"),
+    Hostile("no name", "A member whose name is empty is refused.", _changed(_tar({}), _without_a_name), "is a file, where"),
     Hostile("very long name", "A file name of 60,000 characters is refused or taken; it is never a name on our disk.",
             _zip({f"train/cat/{'x' * 60_000}.jpg": IMAGE}), None),
     Hostile("very deep folder", "An image 1,000 folders down is refused.", _tar({"train/cat/" + "a/" * 1000 + "x.jpg": IMAGE}),
