@@ -14,11 +14,12 @@ from typing import Annotated, cast
 
 from pydantic import Field, field_validator
 
-from stages.core.errors import InputError, run_main
+from stages.core.errors import InputError
 from stages.core.mirror import WandbParams, open_mirror
 from stages.core.params import Section, load_params
 from stages.core.recipe import Precision, Probability
 from stages.core.runtime import RuntimeParams, cache_dir
+from stages.core.stopping import run_stage
 
 METRICS = Path("metrics/drift.json")
 PLOTS = Path("plots/drift")
@@ -152,4 +153,4 @@ def main(params: Params) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(load_params(Params)), "drift")
+    run_stage(lambda: main(load_params(Params)), "drift")

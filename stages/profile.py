@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from stages.core.errors import run_main
 from stages.core.params import Section, load_params
 from stages.core.recipe import ModelParams, TrainParams
 from stages.core.runtime import RuntimeParams, num_workers
+from stages.core.stopping import run_stage
 
 if TYPE_CHECKING:
     import torch
@@ -238,4 +238,4 @@ def _peak_memory_mb(where: torch.device) -> float:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(load_params(Params)), "profile")
+    run_stage(lambda: main(load_params(Params)), "profile")
