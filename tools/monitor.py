@@ -63,7 +63,7 @@ def _judge(options: argparse.Namespace, runtime: RuntimeParams) -> int:
             f"nothing can be said of fewer than {SMALLEST_WINDOW}{reasons}"
         )
     features = extractor.features(window.images)
-    judgement = detector.judge(features, extractor.adapted_logits(window.images, len(window.images)))
+    judgement = detector.judge(features, extractor.adapted_to_all(window.images))
     population = detector.population(features)
     oddness = detector.oddness(population)
     strangest = oddness.argsort(kind="stable")[::-1][: options.top]

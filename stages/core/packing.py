@@ -78,7 +78,7 @@ def pack(
     jobs = (job for split, tar in tars.items() for job in _jobs(split, tar, counts[split], out, geometry.size))
     results = parallel_map(partial(_pack_some, geometry), jobs, workers, chunk=1)
     num_jobs = sum(-(-count // _CHUNK) for count in counts.values())
-    for done in progress(results, "preprocess", num_jobs, f"x{_CHUNK} img"):
+    for done in progress(results, "preprocess", num_jobs, scale=_CHUNK):
         first_error = next((error for error in done.errors if error is not None), None)
         if first_error is not None and not skip_bad:
             raise InputError(f"{first_error}; mend or remove it, or set preprocess.on_bad_image to skip")
