@@ -279,6 +279,20 @@ def test_the_monitor_is_asked_about_the_same_images(
 
 
 @pytest.mark.slow
+def test_a_registered_model_is_monitored_by_its_own_detector(
+    repository: Path, lively: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(repository)
+    run(repository, "git", "status")
+    registry.register()
+    registry.promote("prod", None)
+    shutil.rmtree("models")
+    assert predict.main([str(lively / "val"), "--model", "prod", "--monitor"]) in (0, 10, 20)
+    assert "in 60 images" in capsys.readouterr().err
+    assert sorted(path.name for path in Path(".dvc/tmp/models").glob("*/*")) == ["classifier", "drift", "onnx"]
+
+
+@pytest.mark.slow
 def test_the_monitor_says_why_it_has_no_verdict_and_the_predictions_stand(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
