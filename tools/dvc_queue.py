@@ -8,7 +8,6 @@ of a task it keeps in .dvc/tmp/exps/run/<stash commit>/: `*.run` (name, folder, 
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from typing import Any, Literal
 import psutil
 
 from stages.core.errors import InputError
+from tools.commands import environment
 
 _TASKS = Path(".dvc/tmp/exps/run")
 _DAEMONS = Path(".dvc/tmp/exps/celery")
@@ -135,11 +135,6 @@ def number_in(text: str, key: Sequence[str], where: str) -> float:
     if isinstance(content, bool) or not isinstance(content, (int, float)):
         raise InputError(f"{where}: {content!r} is no number")
     return float(content)
-
-
-def environment() -> dict[str, str]:
-    """Stages are run as `python -m ...`: with this environment's python."""
-    return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
 
 
 def _returned(path: Path) -> int | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from stages.core.errors import InputError
 from stages.core.image import decode
 from stages.core.params import Section, load_params
 from stages.extract import DataParams, SampleParams
+from tools import commands
 
 LESS_MEASURING = {"drift.images_per_condition": 40, "drift.resplits": 3}  # to save time
 _SPLIT = 2  # of the generator: 0 is train, 1 is val
@@ -123,6 +123,5 @@ def run(folder: Path, *command: str, check: bool = True, quiet: bool = True) -> 
 
 
 def environment() -> dict[str, str]:
-    """That of this process, with this environment's python first, which stages are run with."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return {key: value for key, value in os.environ.items() if key != "DVC_ROOT"} | {"PATH": path}
+    """That in which stages are run, outside of any repository of DVC's."""
+    return {key: value for key, value in commands.environment().items() if key != "DVC_ROOT"}
