@@ -149,6 +149,10 @@ def test_an_experiment_becomes_a_pull_request(
 ) -> None:
     runner = make_runner()
     runner.execute(step("train", "Set up"))
+    shutil.move(tmp_path / "remote", tmp_path / "away")
+    empty = runner.execute(step("train", "Pull data and models"), GDRIVE_CREDENTIALS_DATA="")
+    assert "what the remote lacks is made here" in empty.stdout
+    shutil.move(tmp_path / "away", tmp_path / "remote")
     runner.execute(step("train", "Pull data and models"), GDRIVE_CREDENTIALS_DATA="")
     assert (runner.checkout / "models/classifier/model.json").exists()
     inputs = {
@@ -175,7 +179,7 @@ def test_an_experiment_becomes_a_pull_request(
     run(other.checkout, "git", "switch", "-q", "experiment/slower")
     assert "lr: 0.001" in (other.checkout / "params.yaml").read_text()
     other.execute(step("train", "Pull data and models"), GDRIVE_CREDENTIALS_DATA="")
-    assert "up to date" in run(other.checkout, "dvc", "status").stdout
+    assert "Stage 'train' didn't change" in run(other.checkout, "dvc", "repro", "drift").stdout
     # The same again: nothing differs from the branch, and no pull request is asked for.
     again = other.execute(step("train", "Train"), **{**inputs, "NAME": "same"})
     assert "nothing differs" in again.stdout
@@ -207,7 +211,9 @@ def test_drift_is_filed_once_and_starts_a_retraining(
     runner = make_runner()
     runner.execute(step("monitor", "Set up"))
     runner.execute(step("monitor", "Pull data and models"), GDRIVE_CREDENTIALS_DATA="")
-    assert "Running stage" not in runner.execute(step("monitor", "Make what the remote lacks")).stdout
+    made = runner.execute(step("monitor", "Make what the remote lacks")).stdout
+    assert "Running stage 'preprocess'" in made
+    assert "Stage 'train' didn't change" in made
     batches = tmp_path / "batches"
     clean = np.load(runner.checkout / "data/processed/val_images.npy")
     write_batch(batches / "2026-11-24", clean)
@@ -236,14 +242,14 @@ def test_drift_is_filed_once_and_starts_a_retraining(
     assert judge()["verdict"] == "ok"
 
 
-def test_a_retraining_runs_on_the_batch(make_runner: Callable[[], Runner], tmp_path: Path) -> None:
+def test_a_retraining_runs_on_the_batch(make_runner: Callable[[], Runner], repository: Path, tmp_path: Path) -> None:
     """What comes of it is the model's affair (tests/tools/test_retrain.py); here it is asked on the right images."""
     runner = make_runner()
     runner.execute(step("train", "Set up"))
     runner.execute(step("train", "Pull data and models"), GDRIVE_CREDENTIALS_DATA="")
-    clean = np.load(runner.checkout / "data/processed/val_images.npy")
+    clean = np.load(repository / "data/processed/val_images.npy")
     write_batch(tmp_path / "batches/monday", clean)
-    for name in json.loads((runner.checkout / "data/processed/meta.json").read_text())["class_ids"]:
+    for name in json.loads((repository / "data/processed/meta.json").read_text())["class_ids"]:
         write_batch(tmp_path / "labels/monday" / name, clean[:4])
     inputs = {"BATCH": "monday", "BATCHES": str(tmp_path / "batches"), "LABELS": str(tmp_path / "labels")}
     result = runner.execute(step("train", "Train"), **inputs, NAME="", OVERRIDES="", RECIPE="")
@@ -262,7 +268,7 @@ def test_google_drive_is_asked_where_there_is_a_key(make_runner: Callable[[], Ru
     run(runner.checkout, "dvc", "remote", "modify", "drive", "gdrive_use_service_account", "true")
     result = runner.attempt(step("train", "Pull data and models"), GDRIVE_CREDENTIALS_DATA=key)
     assert ("is not set" in result.stdout) == (not asked)
-    assert result.returncode == (1 if asked else 0)
+    assert result.returncode == (2 if asked else 0)
     assert "not a key" not in result.stdout + result.stderr
 
 
