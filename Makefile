@@ -1,17 +1,20 @@
 # `make help` lists the verbs. All of them work on a machine that has Python 3.11, make and git.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-slow lint format exp sweep show dag plots report register promote bench drift-demo doctor verify lock clean
+.PHONY: help setup repro test test-slow lint format exp sweep show dag plots report register promote remote-local remote-gdrive push pull bench drift-demo doctor verify lock clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 # Stages are run as `python -m ...`: the virtual environment's python must be the first on PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Stages inherit the environment, and must not see the key to the remote.
+unexport GDRIVE_CREDENTIALS_DATA
+remote-gdrive push pull doctor verify: export GDRIVE_CREDENTIALS_DATA := $(value GDRIVE_CREDENTIALS_DATA)
 # What was installed last: a new requirements.txt installs again.
 STAMP := $(VENV)/.installed
 
 help: ## list the verbs
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv with the pinned packages
 
@@ -69,6 +72,18 @@ register: setup ## let the last commit be the next version of the model
 
 promote: setup ## put a version to work: make promote STAGE=prod [VERSION=v0.0.2]
 	python -m tools.registry promote $(or $(STAGE),$(error say which stage: make promote STAGE=prod)) $(VERSION)
+
+remote-local: setup ## use a folder as DVC's remote, no account needed: make remote-local [DIR=/path]
+	python -m tools.remote setup-local $(if $(DIR),'$(DIR)')
+
+remote-gdrive: setup ## use a Google Drive folder as DVC's remote: make remote-gdrive FOLDER=<its address>
+	python -m tools.remote setup-gdrive '$(or $(FOLDER),$(error say which folder: make remote-gdrive FOLDER=<its address>))'
+
+push: setup ## copy models to the remote
+	python -m tools.remote push
+
+pull: setup ## get models from the remote
+	python -m tools.remote pull
 
 bench: setup ## compare speed with hand-written loops: make bench DATA=/path/to/images.tgz
 	python -m tools.benchmark $(if $(DATA),--data '$(DATA)')

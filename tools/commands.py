@@ -27,8 +27,9 @@ def gto(*arguments: str) -> str:
 
 
 def environment() -> dict[str, str]:
-    """Stages are run as `python -m ...`: with this environment's python."""
-    return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    """Stages are run as `python -m ...`: with this environment's python, and without the key to the remote."""
+    inherited = {name: value for name, value in os.environ.items() if name != "GDRIVE_CREDENTIALS_DATA"}
+    return inherited | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
 
 
 def _run(command: list[str], check: bool = True) -> str:
