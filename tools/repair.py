@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from tools.checks.finding import some
 from tools.commands import environment
 from tools.integrity import CACHE, LISTING, WORKSPACE, Problem, State, folder_tree, inspect, ordered_stages
 
+_PATIENCE = 60.0  # seconds without a byte from the remote
 _SET_ASIDE = Path(".dvc/tmp/set-aside")
 
 
@@ -97,6 +99,8 @@ def _fetch(repo: Any, out: Any, state: State, digests: set[str]) -> set[str]:
     url = repo.config["remote"].get(name, {}).get("url", "")
     if (answer := storage.remote()).status == "FAIL":
         raise InputError(f"{state.path}: {answer.says}; {_again(state)}")
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_PATIENCE)  # Google's library would wait for ever on a connection that was dropped
     try:
         remote = repo.cloud.get_remote_odb(name, hash_name=out.hash_name)
         if remote.fs.protocol == "local" and not Path(remote.path).parents[1].is_dir():
@@ -115,6 +119,8 @@ def _fetch(repo: Any, out: Any, state: State, digests: set[str]) -> set[str]:
         raise InputError(
             f"{state.path}: the remote {name} does not give it ({' '.join(str(error).split())[:200]}); {_again(state)}"
         ) from error
+    finally:
+        socket.setdefaulttimeout(before)
     if fetched := len(digests - lacking):
         _say(f"{state.path}: {fetched} files fetched into the cache, from the remote {name}")
     return lacking
