@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from stages.core.errors import InputError
 from tests.gdrive.conftest import KEY_FILE, command
 from tests.gdrive.drive import FOLDER_ID, Item
 from tests.gdrive.keys import Account
-from tests.gdrive.server import StandIn
+from tests.gdrive.server import Fault, StandIn
 from tests.helpers import files
+from tools import repair, verify
 from tools.checks import storage
 
 
@@ -59,3 +61,18 @@ def test_a_lost_model_comes_back_from_google_drive(
     for output in ("raw", "model", "table"):
         assert files(here / output) == files(made_once / output)
     assert b"by hand" in files(here / ".dvc/tmp/set-aside").values()
+
+
+@pytest.mark.slow  # a minute: the client asks again and again, with pauses
+@pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # dvc's use of pygtrie
+def test_a_download_that_stalls_ends_and_reruns_nothing(
+    here: Path, pushed_once: dict[str, Item], google: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    google.drive.items |= copy.deepcopy(pushed_once)
+    shutil.rmtree(here / ".dvc/cache")
+    shutil.rmtree(here / "table")
+    google.faults = [Fault("download", "stall", times=1000)]
+    monkeypatch.setattr(repair, "_PATIENCE", 0.5)
+    with pytest.raises(InputError, match="the remote gdrive does not give it .*dvc repro --force --single-item"):
+        verify.main(Namespace(repair=True, json=False))
+    assert not (here / "table").exists()
