@@ -24,7 +24,7 @@ from tools.checks.finding import some
 from tools.commands import environment
 from tools.integrity import CACHE, LISTING, WORKSPACE, Problem, State, folder_tree, inspect, ordered_stages
 
-_PATIENCE = 60.0  # seconds without a byte from the remote
+_PATIENCE = 20.0  # seconds without a byte from the remote, which its client may ask several times
 _SET_ASIDE = Path(".dvc/tmp/set-aside")
 
 

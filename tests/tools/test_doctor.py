@@ -488,7 +488,6 @@ def test_a_google_drive_remote_that_is_set_up_in_part(small: Path, monkeypatch: 
 
 
 def test_a_google_drive_remote_without_a_key(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("tools.drive_key")
     monkeypatch.delenv("GDRIVE_CREDENTIALS_DATA", raising=False)
     type_in("dvc remote add -d gdrive gdrive://0123456789abcdef")
     type_in("dvc remote modify gdrive gdrive_use_service_account true")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import queue
 import re
@@ -143,8 +142,10 @@ def _gdrive(name: str, url: str, settings: dict[str, Any]) -> Finding:
 
 def _ask_google(name: str, settings: dict[str, Any], folder: str) -> None:
     """InputError when the key or the folder is wrong, with what to do about it; nothing is written."""
-    keys, drive = (importlib.import_module(f"tools.{module}") for module in ("drive_key", "drive_access"))
-    drive.check_access(keys.load_key(name, dict(settings)), folder, False)
+    from tools.drive_access import check_access
+    from tools.drive_key import load_key
+
+    check_access(load_key(name, dict(settings)), folder, writing=False)
 
 
 def _ask_http(url: str) -> None:
