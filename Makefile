@@ -1,6 +1,6 @@
 # `make help` lists the verbs. All of them work on a machine that has Python 3.11, make and git.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-slow lint format exp sweep show dag plots report register promote remote-local remote-gdrive push pull bench drift-demo lock clean
+.PHONY: help setup repro test test-slow test-faults lint format exp sweep show dag plots report register promote remote-local remote-gdrive push pull predict bench drift-demo doctor verify lock sbom docker-build docker-shell docker-pull docker-train docker-test clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -12,6 +12,21 @@ unexport GDRIVE_CREDENTIALS_DATA
 remote-gdrive push pull: export GDRIVE_CREDENTIALS_DATA := $(value GDRIVE_CREDENTIALS_DATA)
 # What was installed last: a new requirements.txt installs again.
 STAMP := $(VENV)/.installed
+
+# For the docker verbs (docs/CONTAINER.md).
+IMAGE_NAME ?= driftline
+IMAGE_TAG ?= latest
+HOST_DVC_CACHE_DIR ?=
+HOST_SERVICE_ACCOUNT_KEY_PATH ?= $(wildcard .secrets/gdrive-key.json)
+DOCKER_MEMORY_OPTS ?= --shm-size 1g
+DOCKER_OPTS ?=
+# Checkpoints and downloads are shared with runs outside. Paths are the same inside where dvc's configuration names them.
+DOCKER_RUN = docker run --rm --user "$$(id -u):$$(id -g)" $(DOCKER_MEMORY_OPTS) $(DOCKER_OPTS) \
+  --volume "$(CURDIR):/workspace" --volume "$(HOME)/.cache/driftline:/home/driftline/.cache/driftline" \
+  $(if $(HOST_DVC_CACHE_DIR),--volume "$(HOST_DVC_CACHE_DIR):$(HOST_DVC_CACHE_DIR)" --env DVC_CACHE_DIR="$(HOST_DVC_CACHE_DIR)") \
+  $(if $(HOST_SERVICE_ACCOUNT_KEY_PATH),--volume "$(abspath $(HOST_SERVICE_ACCOUNT_KEY_PATH)):/run/secrets/gdrive-key.json:ro") \
+  --env GDRIVE_CREDENTIALS_DATA --env WANDB_API_KEY --env WANDB_MODE --env CI_MODE
+DOCKER_IMAGE = "$(IMAGE_NAME):$(IMAGE_TAG)"
 
 help: ## list the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,15 +44,18 @@ $(STAMP): requirements.txt
 repro: setup ## run the pipeline (what is stale of it) and show the numbers
 	dvc repro
 	@echo
-	@dvc metrics show metrics/evaluate.json metrics/profile.json
+	@dvc metrics show metrics/evaluate.json metrics/export.json metrics/profile.json
 	@echo
 	@echo "Look at plots/evaluate/*.png, or run 'dvc plots show'. Next: dvc exp run -S train.lr=0.001"
 
 test: setup ## run the tests, but not the slow ones
 	python -m pytest -m "not slow"
 
-test-slow: setup ## run the slow tests: whole runs, and the real images where they are at hand
+test-slow: setup ## run the slow tests: whole runs, faults, and the real images where they are at hand
 	python -m pytest -m slow
+
+test-faults: setup ## run the fault suite alone (docs/RELIABILITY.md)
+	python -m pytest -m faults
 
 lint: setup ## check style, format and types
 	ruff check .
@@ -85,16 +103,50 @@ push: setup ## copy models to the remote
 pull: setup ## get models from the remote
 	python -m tools.remote pull
 
+predict: setup ## classify images: make predict IMAGES=/path/to/images [MODEL=prod]
+	python -m tools.predict $(or $(IMAGES),$(error say which images: make predict IMAGES=/path/to/images)) \
+	  $(if $(MODEL),--model '$(MODEL)')
+
 bench: setup ## compare speed with hand-written loops: make bench DATA=/path/to/images.tgz
 	python -m tools.benchmark $(if $(DATA),--data '$(DATA)')
 
 drift-demo: setup ## let drift come, notice it, retrain, and look again, in a clone that is removed
 	python -m tools.drift_demo
 
+doctor: ## say what is wrong with this set-up, and what to type; works before `make setup`, too
+	@if [ -x $(BIN)/python ]; then $(BIN)/python -m tools.doctor; else "$(PYTHON)" -m tools.doctor; fi
+
+verify: setup ## hash every output and DVC's cache: make verify [REPAIR=1]
+	python -m tools.verify $(if $(REPAIR),--repair)
+
 lock: setup ## resolve pyproject.toml into requirements.txt again (needs the package index)
 	python -m pip install --quiet uv
-	uv pip compile --quiet --universal --python-version 3.10 --group dev --no-header -o requirements.txt pyproject.toml
-	sed -i.old "/sys_platform == 'never'/d" requirements.txt && rm requirements.txt.old
+	uv pip compile --quiet --universal --python-version 3.10 --group dev --no-header --generate-hashes \
+	  --no-emit-package pyopenssl -o requirements.txt pyproject.toml
+
+sbom: setup ## list every package of the lock in sbom.json (CycloneDX)
+	cyclonedx-py requirements requirements.txt --pyproject pyproject.toml --output-reproducible --of JSON -o sbom.json
+
+docker-build: ## build the image: make docker-build [ARGS="--build-arg TORCH_INDEX=..."]
+	docker build $(ARGS) --tag $(DOCKER_IMAGE) .
+
+docker-shell: docker-folders ## a shell in the container, on this repository
+	$(DOCKER_RUN) --interactive --tty $(DOCKER_IMAGE) bash
+
+docker-pull: docker-folders ## fetch data and models in the container
+	$(DOCKER_RUN) $(DOCKER_IMAGE) dvc pull --allow-missing $(ARGS)
+
+docker-train: docker-folders ## run the pipeline in the container, or an experiment: make docker-train [ARGS="-S train.lr=0.001"]
+	$(DOCKER_RUN) $(DOCKER_IMAGE) $(if $(ARGS),dvc exp run $(ARGS),dvc repro)
+
+docker-test: docker-folders ## run the tests in the container: make docker-test [ARGS=tests/test_pipeline.py]
+	$(DOCKER_RUN) $(DOCKER_IMAGE) python -m pytest -m "not slow" $(ARGS)
+
+# What docker would make as root.
+docker-folders:
+	@mkdir -p "$(HOME)/.cache/driftline" $(if $(HOST_DVC_CACHE_DIR),"$(HOST_DVC_CACHE_DIR)")
+	@test -z "$(HOST_SERVICE_ACCOUNT_KEY_PATH)" -o -f "$(HOST_SERVICE_ACCOUNT_KEY_PATH)" \
+	  || { echo "make: HOST_SERVICE_ACCOUNT_KEY_PATH: $(HOST_SERVICE_ACCOUNT_KEY_PATH) is no file" >&2; exit 2; }
 
 clean: ## remove the virtual environment and everything that the pipeline made (not DVC's cache)
 	rm -rf $(VENV) data models dvc_plots benchmarks report metrics/profile.json .pytest_cache .mypy_cache .ruff_cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 
 from stages import extract, preprocess
 from stages.core.params import load_params
+from tests.ci.github_api import Repository, serve
 from tests.helpers import ROOT, TINY, commit_all, copy_of_checkout, run, set_params
 
 
@@ -65,3 +66,10 @@ def packed(workspace: Path) -> Path:
     extract.main(load_params(extract.Params))
     preprocess.main(load_params(preprocess.Params))
     return workspace
+
+
+@pytest.fixture
+def github() -> Iterator[Repository]:
+    """A stand-in of GitHub's API."""
+    with serve() as repository:
+        yield repository

@@ -10,7 +10,12 @@ from ruamel.yaml import YAML
 
 from tests.helpers import ROOT, run
 
-DOCUMENTS = ["README.md", "ARCHITECTURE.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    "README.md",
+    "ARCHITECTURE.md",
+    "SECURITY.md",
+    *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+]
 PARAMS = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
 
 
@@ -18,7 +23,7 @@ PARAMS = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
 def test_params_that_are_named_exist(document: str) -> None:
     text = (ROOT / document).read_text()
     named = set(re.findall(rf"\b({'|'.join(PARAMS)})\.(\w+)\b(?!\()", text))
-    suffixes = {"py", "json", "yaml", "npy", "tar"}  # model.json is a file
+    suffixes = {"py", "json", "yaml", "yml", "npy", "tar", "safetensors", "onnx"}  # model.json is a file
     missing = {f"{section}.{key}" for section, key in named if key not in PARAMS[section] and key not in suffixes}
     assert not missing
 
@@ -30,7 +35,9 @@ def test_files_that_are_named_exist(document: str, finished_repository: Path) ->
     named += re.findall(r"\]\((?!http)([^)#]+)\)", text)
     roots = [ROOT, ROOT / "stages/core", finished_repository, finished_repository / "data/profile", ROOT / "tests"]
     shown = {"stages/NAME.py", "train/<class>"}  # patterns
-    shown |= {".venv/", ".secrets/", ".dvc/config.local", "report/report.html", "report/report.md"}  # made by make
+    shown |= {".venv/", "report/report.html", "report/report.md"}  # made by make
+    shown |= {".secrets/", ".secrets/gdrive-key.json", ".dvc/config.local"}  # the user's, ignored by git
+    shown |= {"/workspace", "/run/secrets/gdrive-key.json"}  # in the container
     roots.append((ROOT / document).parent)
     missing = {name for name in named if name not in shown and not any((root / name).exists() for root in roots)}
     assert not missing

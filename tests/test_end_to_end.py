@@ -13,7 +13,7 @@ import pytest
 
 from tests.helpers import ROOT, commit_all, copy_of_checkout, image_files, run, set_params, write_files
 
-STAGES = ["extract", "preprocess", "train", "evaluate", "profile", "drift"]
+STAGES = ["extract", "preprocess", "train", "evaluate", "profile", "drift", "export"]
 
 
 def stages_run(output: str) -> list[str]:
@@ -27,7 +27,12 @@ def is_clean(repository: Path) -> bool:
 def test_a_run_leaves_all_that_it_promises_and_git_clean(repository: Path) -> None:
     assert is_clean(repository)
     assert run(repository, "dvc", "status").stdout.strip() == "Data and pipelines are up to date."
-    for path in ("models/classifier/model.safetensors", "data/profile/trace-1.json.gz", "metrics/profile.json"):
+    for path in (
+        "models/classifier/model.safetensors",
+        "models/onnx/model.onnx",
+        "data/profile/trace-1.json.gz",
+        "metrics/profile.json",
+    ):
         assert (repository / path).exists()
     tracked = run(repository, "git", "ls-files").stdout.split()
     assert {"dvc.lock", "metrics/evaluate.json", "plots/evaluate/confusion.png"} <= set(tracked)
@@ -57,6 +62,7 @@ def test_a_new_clone_makes_the_same_outputs(repository: Path, tmp_path: Path) ->
         "train",
         "profile",
         "drift",
+        "export",
     ]
     assert is_clean(tmp_path / "clone")
     assert stages_run(run(tmp_path / "clone", "dvc", "repro").stdout) == []
@@ -64,7 +70,7 @@ def test_a_new_clone_makes_the_same_outputs(repository: Path, tmp_path: Path) ->
 
 def test_changing_the_learning_rate_reruns_training_and_what_follows(repository: Path) -> None:
     output = run(repository, "dvc", "exp", "run", "-S", "train.lr=0.0005", "-n", "slow").stdout
-    assert stages_run(output) == ["train", "evaluate", "profile", "drift"]
+    assert stages_run(output) == ["train", "evaluate", "profile", "drift", "export"]
     assert "train.lr" in run(repository, "dvc", "exp", "show", "--csv").stdout.splitlines()[0]
     difference = json.loads(run(repository, "dvc", "exp", "diff", "HEAD", "slow", "--json").stdout)
     assert difference["params"]["params.yaml"]["train.lr"] == {"old": 0.01, "new": 0.0005, "diff": -0.0095}
@@ -90,7 +96,7 @@ def test_changing_the_runtime_reruns_the_profile_only(repository: Path) -> None:
 
 def test_a_temporary_run_leaves_the_workspace_alone(repository: Path) -> None:
     output = run(repository, "dvc", "exp", "run", "--temp", "-S", "train.seed=1", "-n", "other-seed").stdout
-    assert stages_run(output) == ["train", "evaluate", "profile", "drift"]
+    assert stages_run(output) == ["train", "evaluate", "profile", "drift", "export"]
     assert is_clean(repository)
     assert "other-seed" in run(repository, "dvc", "exp", "list", "--name-only").stdout
 
@@ -151,6 +157,7 @@ def test_a_refused_source_costs_nothing(repository: Path, tmp_path: Path) -> Non
         ("evaluate", "evaluate.num_bins", 0),
         ("profile", "profile.active", 0),
         ("drift", "drift.alpha", 0),
+        ("export", "runtime.device", "gpu"),
     ],
 )
 def test_a_wrong_param_is_refused_before_anything_heavy_loads(

@@ -103,7 +103,7 @@ def main(arguments: argparse.Namespace) -> int:
         return 0
     dvc = [sys.executable, "-m", "dvc", *command]
     if not queued:
-        os.execve(dvc[0], dvc, dvc_queue.environment())  # noqa: S606  # dvc gets the signals, and its status is ours
+        os.execve(dvc[0], dvc, dvc_queue.environment())  # noqa: S606  # nosec B606  # dvc gets the signals, and its status is ours
     status = subprocess.run(dvc, env=dvc_queue.environment()).returncode  # noqa: S603
     if status == 0 and not arguments.queue:
         dvc_queue.start_workers(arguments.jobs, trust=False)

@@ -52,15 +52,15 @@ def crop_and_resize(images: Tensor, boxes: Tensor, flips: Tensor, size: int, dty
     """
     num_images, height, width, channels = images.shape
     boxes = boxes.to(torch.float32)
-    vertical = _resize_matrix(boxes[:, 0], boxes[:, 2], size, height).to(dtype)
-    horizontal = _resize_matrix(boxes[:, 1], boxes[:, 3], size, width)
+    vertical = resize_matrix(boxes[:, 0], boxes[:, 2], size, height).to(dtype)
+    horizontal = resize_matrix(boxes[:, 1], boxes[:, 3], size, width)
     horizontal = torch.where(flips[:, None, None], horizontal.flip(1), horizontal).to(dtype)
     planes = images.permute(0, 3, 1, 2).to(dtype, memory_format=torch.contiguous_format)
     rows = torch.bmm(planes.reshape(num_images, channels * height, width), horizontal.transpose(1, 2))
     return torch.matmul(vertical[:, None], rows.view(num_images, channels, height, size))
 
 
-def _resize_matrix(start: Tensor, length: Tensor, out_size: int, in_size: int) -> Tensor:
+def resize_matrix(start: Tensor, length: Tensor, out_size: int, in_size: int) -> Tensor:
     """Weights (N, out_size, in_size), float32: each output pixel's triangle filter over the input, inside its box."""
     scale = length / out_size
     positions = torch.arange(in_size, device=start.device) + 0.5

@@ -42,7 +42,9 @@ class CapturedStep:
         torch.cuda.synchronize(images.device)
         start = time.perf_counter()
         images, labels = images.clone(memory_format=torch.preserve_format), labels.clone()
-        before = {id(tensor): tensor.clone() for tensor in self._state()}
+        # Detached: a clone that autograd knows of would keep the gradients' nodes of the present stream alive, and a
+        # backward pass that meets them cannot be recorded on another.
+        before = {id(tensor): tensor.detach().clone() for tensor in self._state()}
         stream = torch.cuda.Stream(images.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(images.device))
         with torch.cuda.stream(stream):
@@ -51,7 +53,8 @@ class CapturedStep:
         torch.cuda.current_stream(images.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values()))[0].pool() if self._graphs else None
-        with torch.cuda.graph(graph, pool=pool):
+        # thread_local: the threads that read ahead may go on taking pinned memory.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             loss = self._step(images, labels)
         with torch.no_grad():
             for tensor in self._state():  # what the first step made (momenta, step counts) starts from zero

@@ -6,6 +6,7 @@ are resized on the device. Which of the two it is, and how many threads read, ch
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from stages.core.recipe import TrainParams
 from stages.core.runtime import Resident
 
 _RESIDENT_SHARE = 0.4  # of the device's free memory that `resident: auto` takes at most
+_COPIES_AHEAD = 4  # batches that the host may be ahead of a CUDA device, when not resident
 _SIZE_INCREMENT = 16  # pixels; progressive resizing grows in such steps, of which each is a captured graph on a GPU
 _GROWING_SHARE = 0.75  # of a run, in which progressive resizing grows
 
@@ -178,9 +180,14 @@ def _batches(
         read_rows(source.split.images, chosen.indices, pixels.numpy())
         return chosen, pixels
 
+    copied: deque[torch.cuda.Event] = deque()
     for chosen, pixels in read_ahead(read, steps, source.threads):
         if pixels is not None:
             images = pixels.to(source.device, non_blocking=True)
+            if pinned:  # far ahead of the device, every batch would pin memory anew, which takes longer than its copy
+                copied.append(torch.cuda.current_stream(source.device).record_event())
+                if len(copied) > _COPIES_AHEAD:
+                    copied.popleft().synchronize()
         else:
             assert source.resident is not None
             images = source.resident.index_select(0, _to_device(torch.from_numpy(chosen.indices), source.device))

@@ -7,6 +7,7 @@ torch.optim.Muon takes no convolutions.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -37,38 +38,50 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
-            rest = []
+            rest, matrices = [], defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
                 if parameter.ndim < 2 or min(parameter.shape[:2]) == 1:  # biases, norms, depthwise convolutions
                     rest.append(parameter)
                 else:
-                    self._update_matrix(parameter, group)
+                    # On a GPU a small product costs its launch, so matrices of one shape are one batch.
+                    shape = (len(parameter), parameter[0].numel())
+                    matrices[shape if parameter.is_cuda else id(parameter)].append(parameter)
+            for parameters in matrices.values():
+                self._update_matrices(parameters, group)
             if rest:
                 self._update_rest(rest, group)
 
-    def _update_matrix(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state, momentum = self.state[parameter], group["momentum"]
+    def _update_matrices(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """Update parameters whose matrices have one shape."""
+        updates = [self._direction(parameter, group["momentum"]) for parameter in parameters]
+        # The columns' order does not matter to the result, so a channels_last kernel is a matrix without a copy.
+        columns_last = [update.movedim(1, -1) for update in updates]
+        matrices = [update.reshape(len(update), -1) for update in columns_last]
+        orthogonal = orthogonalise(torch.stack(matrices)) if len(matrices) > 1 else orthogonalise(matrices[0])[None]
+        # The rate may be a tensor, and must not be read back from the device.
+        keep, scale = 1 - group["lr"] * group["weight_decay"], group["lr"] * (0.2 * max(matrices[0].shape) ** 0.5)
+        for parameter, like, step in zip(parameters, columns_last, orthogonal, strict=True):
+            parameter.mul_(keep)
+            parameter.sub_(step.view_as(like).movedim(-1, 1) * scale)
+
+    def _direction(self, parameter: Tensor, momentum: float) -> Tensor:
+        """The gradient with Nesterov momentum."""
+        state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         gradient, buffer = parameter.grad, state["momentum_buffer"]
         assert gradient is not None
         buffer.lerp_(gradient, 1 - momentum)
-        update = gradient.lerp(buffer, momentum)
-        # The columns' order does not matter to the result, so a channels_last kernel is a matrix without a copy.
-        columns_last = update.movedim(1, -1)
-        matrix = columns_last.reshape(len(update), -1)
-        orthogonal = orthogonalise(matrix).view_as(columns_last).movedim(-1, 1)
-        # The rate may be a tensor, and must not be read back from the device.
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.sub_(orthogonal * (group["lr"] * (0.2 * max(matrix.shape) ** 0.5)))
+        return gradient.lerp(buffer, momentum)
 
     def _update_rest(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    # Not "step": loading a state would leave that name's tensor on the CPU.
+                    "count": torch.zeros((), dtype=torch.float32, device=parameter.device),
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
@@ -79,7 +92,7 @@ class Muon(torch.optim.Optimizer):
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
-            [state["step"] for state in states],
+            [state["count"] for state in states],
             fused=True,
             capturable=parameters[0].is_cuda,
             amsgrad=False,
@@ -93,20 +106,23 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrix: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Nearly the orthogonal factor of the polar decomposition of a matrix (m, n): singular values near 1, in `dtype`.
+    """Nearly the orthogonal factor of the polar decomposition of matrices (..., m, n): singular values near 1.
 
-    Five Newton-Schulz steps X <- (a I + b G + c G^2) X with G = X X^T. All steps of a run are polynomials of the
-    first G, so they are multiplied as (m, m) matrices, and X itself only once a run.
+    At most one dimension before the matrix's two; the result is of `dtype`. Five Newton-Schulz steps
+    X <- (a I + b G + c G^2) X with G = X X^T. All steps of a run are polynomials of the first G, so they are multiplied
+    as (m, m) matrices, and X itself only once a run.
     """
-    if matrix.size(0) > matrix.size(1):
+    if matrix.size(-2) > matrix.size(-1):
         return orthogonalise(matrix.mT, dtype).mT
-    x: Tensor = (matrix / matrix.norm().clamp(min=1e-7)).to(dtype)
+    norm = torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True)
+    x: Tensor = (matrix / norm.clamp(min=1e-7)).to(dtype)
+    add_product = torch.addmm if matrix.ndim == 2 else torch.baddbmm
     for run in _RUNS:
         gram = x @ x.mT
         product: Tensor | None = None
         for i, (a, b, c) in enumerate(run):
-            factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-            factor.diagonal().add_(a)
+            factor = add_product(gram, gram, gram, beta=b, alpha=c)
+            factor.diagonal(dim1=-2, dim2=-1).add_(a)
             product = factor if product is None else factor @ product
             if i + 1 < len(run):
                 gram = factor @ (gram @ factor)

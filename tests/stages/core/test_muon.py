@@ -43,6 +43,12 @@ def test_nearly_low_rank_stays_bounded_in_bfloat16(rank: int) -> None:
     assert torch.linalg.svdvals(orthogonalise(given).float()).max() < 1.5
 
 
+def test_a_batch_is_its_matrices() -> None:
+    given = torch.stack([matrix(24, 60), matrix(24, 60, rank=3), torch.zeros(24, 60)])
+    for one, alone in zip(orthogonalise(given, torch.float32), given, strict=True):
+        assert (one - orthogonalise(alone, torch.float32)).abs().max() < 1e-5
+
+
 def test_zero_stays_zero() -> None:
     assert torch.equal(orthogonalise(torch.zeros(8, 9)), torch.zeros(8, 9, dtype=torch.bfloat16))
 

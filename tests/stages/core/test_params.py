@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from stages import drift, evaluate, extract, preprocess, profile, train
+from stages import drift, evaluate, export, extract, preprocess, profile, train
 from stages.core.errors import InputError
 from stages.core.params import SECTIONS, Section, load_params
 from tests.helpers import ROOT, set_params
@@ -21,6 +21,7 @@ STAGES = {
     "evaluate": evaluate,
     "profile": profile,
     "drift": drift,
+    "export": export,
     "retrain": retrain,  # a tool, but its params are read in the same way
 }
 

@@ -1,0 +1,109 @@
+"""The docker verbs of the Makefile, with a real engine: on a finished repository, as the user who calls make."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.docker.conftest import docker
+from tests.helpers import ROOT, commit_all, run, set_params
+
+pytestmark = pytest.mark.slow
+
+
+def make(folder: Path, line: str, *variables: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a line such as `make docker-train` with the image of this checkout."""
+    return run(folder, *line.split(), *variables, check=check, environment={"HOME": str(folder.parent), **env})
+
+
+@pytest.fixture
+def named(image: str) -> tuple[str, str]:
+    name, _, tag = image.rpartition(":")
+    return f"IMAGE_NAME={name}", f"IMAGE_TAG={tag}"
+
+
+def test_build(image: str) -> None:
+    """The image is in docker's layer cache: nothing is downloaded."""
+    if "DRIFTLINE_IMAGE" in os.environ:
+        pytest.skip("the image is a given one (DRIFTLINE_IMAGE)")
+    make(
+        ROOT,
+        "make docker-build",
+        "IMAGE_NAME=driftline",
+        "IMAGE_TAG=made",
+        "ARGS=--label test=yes",
+        HOME=os.environ["HOME"],
+    )
+    label = docker("image", "inspect", "-f", '{{index .Config.Labels "test"}}', "driftline:made").stdout
+    docker("rmi", "driftline:made")
+    assert label.strip() == "yes"
+
+
+def test_train(named: tuple[str, str], repository: Path) -> None:
+    set_params(repository / "params.yaml", {"runtime.cache_dir": "~/.cache/driftline"})
+    commit_all(repository)
+    output = make(repository, "make docker-train", *named).stdout
+    assert "Stage 'train' didn't change" in output  # runtime is the profile's affair
+    output = make(repository, "make docker-train", *named, "ARGS=-S train.lr=0.003 -n other").stdout
+    assert "Running stage 'train'" in output
+    assert "other" in run(repository, "dvc", "exp", "list").stdout
+    # Checkpoints are where runs outside look for them, and nothing belongs to anybody else.
+    assert list((repository.parent / ".cache/driftline").rglob("step-*.pt"))
+    assert {path.stat().st_uid for path in repository.rglob("*")} == {os.getuid()}
+
+
+def test_pull_with_a_cache_of_the_host(named: tuple[str, str], repository: Path, tmp_path: Path) -> None:
+    """From a remote in a mounted folder, into a cache outside the repository."""
+    cache, remote = tmp_path / "cache", repository / "remote"
+    run(repository, "dvc", "remote", "add", "--default", "local", str(remote))
+    run(repository, "dvc", "push", "-q")
+    run(repository, "dvc", "remote", "modify", "local", "url", "/workspace/remote")
+    run(repository, "rm", "-rf", ".dvc/cache", "models", "data")
+    make(repository, "make docker-pull", *named, f"HOST_DVC_CACHE_DIR={cache}")
+    assert json.loads((repository / "models/classifier/model.json").read_text())["classes"]
+    assert any((cache / "files").rglob("*"))
+    assert not (repository / ".dvc/cache/files").exists()
+
+
+def test_tests(named: tuple[str, str], repository: Path) -> None:
+    output = make(repository, "make docker-test", *named, "ARGS=tests/stages/core/test_parallel.py").stdout
+    assert re.search(r"\d+ passed", output), output
+
+
+def test_shell_and_options(named: tuple[str, str], repository: Path) -> None:
+    """The shell needs a terminal: `script` has one."""
+    options = "DOCKER_MEMORY_OPTS='--memory 3g' DOCKER_OPTS='--network none'"
+    command = f"make docker-shell {' '.join(named)} {options}"
+    words = "cat /sys/fs/cgroup/memory/memory.limit_in_bytes /sys/fs/cgroup/memory.max; ls /sys/class/net; pwd; exit\n"
+    shell = subprocess.run(
+        ["script", "-qec", command, "/dev/null"],
+        cwd=repository,
+        env=os.environ | {"HOME": str(repository.parent)},
+        input=words,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert str(3 * 2**30) in shell.stdout, shell.stdout
+    assert "/workspace" in shell.stdout
+    assert "eth0" not in shell.stdout
+
+
+@pytest.mark.parametrize("verb", ["docker-pull", "docker-shell"])
+def test_a_key_that_is_missing_is_told(repository: Path, verb: str) -> None:
+    """Docker would make a folder of that name."""
+    result = make(repository, f"make {verb}", "HOST_SERVICE_ACCOUNT_KEY_PATH=nowhere.json", check=False)
+    assert (result.returncode, "nowhere.json is no file" in result.stderr) == (2, True)
+    assert not (repository / "nowhere.json").exists()
+
+
+def test_a_key_is_mounted(named: tuple[str, str], repository: Path) -> None:
+    (repository / ".secrets").mkdir()
+    (repository / ".secrets/gdrive-key.json").write_text("not a key")
+    result = make(repository, "make docker-pull", *named, check=False)
+    assert "/run/secrets/gdrive-key.json is not JSON" in result.stderr

@@ -1,0 +1,135 @@
+"""How fast is tools/predict.py, beside PyTorch with the same model and images? Whole processes, timed in one run.
+
+    python -m tools.benchmark_predict               the validation images of data/raw
+    python -m tools.benchmark_predict IMAGES --rounds 5 --repeat 3
+
+The contenders take turns, round after round, so that a busy machine slows all of them. Start-up is the time of a
+process that predicts one image; images per second is what all the others take beyond it. Prints a table; writes
+benchmarks/predict.json (every round). docs/PREDICT.md shows results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from stages.core.errors import InputError, run_main
+from stages.core.output import write_json
+from stages.core.production import find_images
+from stages.core.runtime import num_cpus
+
+OURS, BASELINE = "onnxruntime", "torch fp32"
+CONTENDERS = {
+    OURS: ["tools.predict"],
+    BASELINE: ["tools.torch_predict"],
+    "torch bf16": ["tools.torch_predict", "--precision", "bf16"],
+}
+OUT = Path("benchmarks/predict.json")
+
+
+def main() -> None:
+    """Measure, print the table and write every round."""
+    options = _parse()
+    files = find_images([options.images])
+    contenders = {name: words for name, words in CONTENDERS.items() if name != "torch bf16" or _has_bf16()}
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
+        one = Path(scratch) / "one.jpg"
+        one.write_bytes(files[0].read())
+        rounds = []
+        for number in range(options.rounds + 1):
+            measured = {name: _measure(words, str(one), options) for name, words in contenders.items()}
+            if _disagreements(measured):
+                raise InputError("the contenders predict different classes: run `dvc repro export`")
+            if number:  # the first round fills the disk cache
+                rounds.append({name: times[:2] for name, times in measured.items()})
+    num_images = len(files) * options.repeat
+    results = {name: _summary([each[name] for each in rounds], num_images) for name in contenders}
+    report: dict[str, Any] = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": {"cpu": _cpu(), "num_cpus": num_cpus(), "load": os.getloadavg()[0]},
+        "settings": {"num_images": num_images, "rounds": options.rounds, "threads": options.threads},
+        "results": results,
+    }
+    write_json(OUT, report)
+    print(f"{_cpu()}, {options.threads} threads, {options.rounds} rounds of {num_images:,} images")
+    print(table(results))
+
+
+def _measure(words: list[str], one: str, options: argparse.Namespace) -> tuple[float, float, list[str]]:
+    """Seconds of a process with one image and with all of them, and the classes that the second gave."""
+    command = [sys.executable, "-m", *words, "--threads", str(options.threads)]
+    seconds, said = [], ""
+    for places in ([one], [options.images] * options.repeat):
+        start = time.perf_counter()
+        ended = subprocess.run([*command, *places], capture_output=True, text=True)  # noqa: S603
+        seconds.append(time.perf_counter() - start)
+        if ended.returncode:
+            raise InputError(f"`python -m {words[0]}` failed: {ended.stderr.strip()}")
+        said = ended.stdout
+    return seconds[0], seconds[1], [row["class"] for row in csv.DictReader(said.splitlines())]
+
+
+def _disagreements(measured: dict[str, tuple[float, float, list[str]]]) -> int:
+    """Images whose class differs between the contenders of full precision."""
+    return sum(a != b for a, b in zip(measured[OURS][2], measured[BASELINE][2], strict=True))
+
+
+def _summary(rounds: list[tuple[float, ...]], num_images: int) -> dict[str, Any]:
+    starts = [start for start, _ in rounds]
+    speeds = [(num_images - 1) / max(whole - start, 1e-3) for start, whole in rounds]
+    return {
+        "start_s": {"median": statistics.median(starts), "rounds": starts},
+        "images_per_second": {"median": statistics.median(speeds), "rounds": speeds},
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """Medians, and the lowest and highest of the rounds, for people."""
+    lines = ["| | start-up, one image (s) | images per second |", "|---|---|---|"]
+    for name, row in results.items():
+        start, speed = row["start_s"], row["images_per_second"]
+        lines.append(
+            f"| {name} | {start['median']:.2f} ({min(start['rounds']):.2f} to {max(start['rounds']):.2f}) "
+            f"| {speed['median']:,.0f} ({min(speed['rounds']):,.0f} to {max(speed['rounds']):,.0f}) |"
+        )
+    return "\n".join(lines)
+
+
+def _has_bf16() -> bool:
+    import torch
+
+    from stages.core import precision
+
+    return precision.has_bf16(torch.device("cpu"))
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{num_cpus()} CPUs ({names[0] if names else platform.processor()})"
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.benchmark_predict", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("images", nargs="?", default="data/raw/val.tar", metavar="IMAGES", help="data/raw/val.tar")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds that count (5)")
+    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="times that all images are predicted (3)")
+    parser.add_argument("--threads", type=int, default=num_cpus(), metavar="N", help="CPU threads (all)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_main(main, "benchmark_predict")
