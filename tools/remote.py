@@ -95,7 +95,9 @@ def save_key(file: Path | None) -> None:
     with os.fdopen(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as target:
         target.write(key.text)
     temporary.replace(_SAVED_KEY)
-    _name_key(_SAVED_KEY)
+    config = _config()
+    name = config["core"].get("remote", _GDRIVE)
+    _name_key(name if _is_gdrive(config["remote"].get(name, {"url": ""})) else _GDRIVE, _SAVED_KEY)
     print(f"remote: the key of {key.email} is in {_SAVED_KEY}, where dvc finds it; {VARIABLE} is not needed")
 
 
@@ -134,16 +136,16 @@ def _ask(name: str, settings: dict[str, Any], writing: bool) -> tuple[Key, Acces
     key = load_key(name, settings)
     access = check_access(key, folder, writing)
     if key.file is not None and CONFIGURED not in settings:
-        _name_key(key.file)
+        _name_key(name, key.file)
     if key.file is not None and key.file.stat().st_mode & 0o077:
         print(f"remote: others may read the key {key.origin}: chmod 600 {key.origin}", file=sys.stderr)
     return key, access
 
 
-def _name_key(file: Path) -> None:
+def _name_key(name: str, file: Path) -> None:
     """Name the key file in .dvc/config.local, where dvc looks for it."""
     with _config().edit("local") as config:
-        config["remote"].setdefault(_GDRIVE, {})[CONFIGURED] = str(file.resolve())
+        config["remote"].setdefault(name, {})[CONFIGURED] = str(file.resolve())
 
 
 def _remote() -> tuple[str, dict[str, Any]]:

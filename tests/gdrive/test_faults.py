@@ -65,7 +65,7 @@ def test_a_broken_upload_is_sent_again(kind: str, small: Path, google: StandIn) 
 def test_a_network_that_stays_broken_ends_the_pull(empty: Path, google: StandIn) -> None:
     google.faults = [Fault("download", "stall", times=1000)]
     began = time.monotonic()
-    result = tool(google, empty, "pull", "--patience", "2", "--attempts", "2", check=False)
+    result = tool(google, empty, "pull", "--patience", "1", "--attempts", "2", check=False)
     assert time.monotonic() - began < 60
     assert result.returncode == 1
     assert "remote: pull failed 2 times, the last time with: " in result.stderr

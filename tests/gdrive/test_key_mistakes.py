@@ -254,6 +254,19 @@ def test_a_key_shows_nothing(account: Account) -> None:
     assert not any(secret in shown for secret in account.secret_lines)
 
 
+def test_a_remote_of_another_name_gets_the_key(here: Path, account: Account) -> None:
+    Path(".dvc/config").write_text(
+        Path(".dvc/config").read_text().replace('gdrive"', 'storage"').replace("= gdrive\n", "= storage\n")
+    )
+    key_file(account.text)
+    remote.check()
+    assert "storage" in Path(".dvc/config.local").read_text()
+    Path(".dvc/config.local").unlink()
+    remote.save_key(Path(KEY_FILE))
+    remote.check()
+    assert "storage" in Path(".dvc/config.local").read_text()
+
+
 @pytest.mark.parametrize(
     "folder",
     [
