@@ -1,6 +1,6 @@
 # `make help` lists the verbs. All of them work on a machine that has Python 3.11, make and git.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-slow lint format exp sweep show dag plots report register promote remote-local remote-gdrive push pull bench drift-demo doctor verify lock sbom docker-build docker-shell docker-pull docker-train docker-test docker-folders clean
+.PHONY: help setup repro test test-slow test-faults lint format exp sweep show dag plots report register promote remote-local remote-gdrive push pull predict bench drift-demo doctor verify lock sbom docker-build docker-shell docker-pull docker-train docker-test clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -44,15 +44,18 @@ $(STAMP): requirements.txt
 repro: setup ## run the pipeline (what is stale of it) and show the numbers
 	dvc repro
 	@echo
-	@dvc metrics show metrics/evaluate.json metrics/profile.json
+	@dvc metrics show metrics/evaluate.json metrics/export.json metrics/profile.json
 	@echo
 	@echo "Look at plots/evaluate/*.png, or run 'dvc plots show'. Next: dvc exp run -S train.lr=0.001"
 
 test: setup ## run the tests, but not the slow ones
 	python -m pytest -m "not slow"
 
-test-slow: setup ## run the slow tests: whole runs, and the real images where they are at hand
+test-slow: setup ## run the slow tests: whole runs, faults, and the real images where they are at hand
 	python -m pytest -m slow
+
+test-faults: setup ## run the fault suite alone (docs/RELIABILITY.md)
+	python -m pytest -m faults
 
 lint: setup ## check style, format and types
 	ruff check .
@@ -99,6 +102,10 @@ push: setup ## copy models to the remote
 
 pull: setup ## get models from the remote
 	python -m tools.remote pull
+
+predict: setup ## classify images: make predict IMAGES=/path/to/images [MODEL=prod]
+	python -m tools.predict $(or $(IMAGES),$(error say which images: make predict IMAGES=/path/to/images)) \
+	  $(if $(MODEL),--model '$(MODEL)')
 
 bench: setup ## compare speed with hand-written loops: make bench DATA=/path/to/images.tgz
 	python -m tools.benchmark $(if $(DATA),--data '$(DATA)')

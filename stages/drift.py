@@ -14,11 +14,12 @@ from typing import Annotated, cast
 
 from pydantic import Field, field_validator
 
-from stages.core.errors import InputError, run_main
+from stages.core.errors import InputError
 from stages.core.mirror import WandbParams, open_mirror
 from stages.core.params import Section, load_params
 from stages.core.recipe import Precision, Probability
 from stages.core.runtime import RuntimeParams, cache_dir
+from stages.core.stopping import run_stage
 
 METRICS = Path("metrics/drift.json")
 PLOTS = Path("plots/drift")
@@ -101,7 +102,7 @@ def main(params: Params) -> None:
             conditions.append(Condition(kind, severity, fit_on, fit_groups))
             conditions.append(Condition(kind, severity, check_on, check_groups))
         looked_at = drift_check.simulate(images, conditions, extractor, knobs.seed)
-        drifted = list(progress(looked_at, "drift", len(conditions), "condition"))
+        drifted = list(progress(looked_at, "drift: simulate", len(conditions), "condition"))
         fitting, checking = [drifted[0], *drifted[1::2]], drifted[2::2]
 
         fits = {size: drift_check.fit_sized_damage(fitting, labels, size) for size in sizes}
@@ -131,7 +132,8 @@ def main(params: Params) -> None:
         check = clean.rows(parts.check)
         unseen = {size: without for size, (_, without) in fits.items()}
         gauge = drift_check.gauge(detector, sizes, check, labels, unseen)
-        measured = [drift_check.measure_condition(one, gauge, knobs.contamination) for one in checking]
+        shown = progress(checking, "drift: detect", len(checking), "condition")
+        measured = [drift_check.measure_condition(one, gauge, knobs.contamination) for one in shown]
         alarms = drift_check.false_alarms(
             clean, sizes, knobs.axes, knobs.alpha, knobs.resplits, detector.num_windows(knobs.alpha), knobs.seed
         )
@@ -152,4 +154,4 @@ def main(params: Params) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(load_params(Params)), "drift")
+    run_stage(lambda: main(load_params(Params)), "drift")

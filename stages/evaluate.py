@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from stages.core.errors import InputError, run_main
+from stages.core.errors import InputError
 from stages.core.mirror import WandbParams, open_mirror
 from stages.core.params import Section, load_params
 from stages.core.recipe import Precision
 from stages.core.runtime import RuntimeParams, cache_dir, num_workers
+from stages.core.stopping import run_stage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,4 +118,4 @@ def _most_confident_mistakes(
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(load_params(Params)), "evaluate")
+    run_stage(lambda: main(load_params(Params)), "evaluate")

@@ -24,15 +24,16 @@ from pydantic import Field
 
 from stages.core import sample
 from stages.core.archive import Limits, open_image_set
-from stages.core.download import check, fetch, file_hash
-from stages.core.errors import InputError, run_main
+from stages.core.download import check, fetch
+from stages.core.errors import InputError
 from stages.core.image import check_is_image
 from stages.core.output import replace_directory, write_json
 from stages.core.parallel import parallel_map
 from stages.core.params import Section, load_params
 from stages.core.progress import progress, stage_summary
 from stages.core.runtime import RuntimeParams, cache_dir, num_workers
-from stages.core.source import EXTRA_PREFIX, RAW, SPLITS, ExtraInfo, SourceInfo, is_extra
+from stages.core.source import EXTRA_PREFIX, RAW, SPLITS, ExtraInfo, SourceInfo, content_hash, is_extra
+from stages.core.stopping import run_stage
 
 # fast.ai's addresses and md5; those of Imagenette are torchvision's too (torchvision.datasets.Imagenette).
 _FAST_AI = "https://s3.amazonaws.com/fast-ai-imageclas/"
@@ -87,14 +88,14 @@ def main(params: Params) -> None:
             counts = source.counts
             for split in SPLITS:
                 _write_tar(out / f"{split}.tar", source.images[split], split, source.counts[split])
-            content_hash = _content_hash(out)
+            found = content_hash(out)
             if Path(params.data.source).expanduser().is_dir():
-                _check_folder(params.data, content_hash)
+                _check_folder(params.data, found)
             if further is not None:
                 extra = _add_extra(params.data, further, out)
                 counts = {split: counts[split] + extra.num_images[split] for split in SPLITS}
-                content_hash = _content_hash(out)
-        info = SourceInfo(classes=source.classes, num_images=counts, sha256=content_hash, extra=extra)
+                found = content_hash(out)
+        info = SourceInfo(classes=source.classes, num_images=counts, sha256=found, extra=extra)
         write_json(out / "source.json", info.model_dump(exclude_none=True))
         shown = " + ".join(f"{counts[split]:,} {split}" for split in SPLITS)
         added = f", {sum(extra.num_images.values()):,} of them from {params.data.extra}," if extra else ""
@@ -153,11 +154,6 @@ def _opened(path: Path, limits: Limits, scratch: Path, classes: list[str] | None
 
 def _limits(data: DataParams) -> Limits:
     return Limits(files=data.max_files, total_bytes=data.max_bytes, ratio=data.max_ratio)
-
-
-def _content_hash(folder: Path) -> str:
-    hashes = "".join(file_hash(folder / f"{split}.tar", "sha256") for split in SPLITS)
-    return hashlib.sha256(hashes.encode()).hexdigest()
 
 
 def _add_extra(data: DataParams, extra: _Source, out: Path) -> ExtraInfo:
@@ -253,4 +249,4 @@ def _write_tar(
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(load_params(Params)), "extract")
+    run_stage(lambda: main(load_params(Params)), "extract")

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from stages.core.dataset import PROCESSED, PackMeta
-from stages.core.errors import InputError, run_main
+from stages.core.errors import InputError
 from stages.core.image import CropMode, Interpolation
 from stages.core.labels import readable
 from stages.core.output import replace_directory, write_json
@@ -22,7 +22,8 @@ from stages.core.packing import Geometry, pack
 from stages.core.params import Section, load_params
 from stages.core.progress import stage_summary
 from stages.core.runtime import RuntimeParams, num_workers
-from stages.core.source import RAW, SPLITS, load_source_info
+from stages.core.source import RAW, SPLITS, check_content, load_source_info
+from stages.core.stopping import run_stage
 
 
 class PreprocessParams(Section):
@@ -44,6 +45,7 @@ class Params(Section):
 def main(params: Params) -> None:
     """Write data/processed/ from data/raw/, or leave it as it was and raise InputError."""
     source = load_source_info()
+    check_content(source)
     classes = source.classes
     with stage_summary("preprocess") as made, replace_directory(PROCESSED) as out:
         knobs = params.preprocess
@@ -93,4 +95,4 @@ def main(params: Params) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(load_params(Params)), "preprocess")
+    run_stage(lambda: main(load_params(Params)), "preprocess")

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from stages.core.errors import run_main
 from stages.core.params import Section, load_params
 from stages.core.recipe import ModelParams, TrainParams
 from stages.core.runtime import RuntimeParams, num_workers
+from stages.core.stopping import run_stage
 
 if TYPE_CHECKING:
     import torch
@@ -134,10 +134,12 @@ def _time_steps(
 
     from stages.core.device import synchronize
     from stages.core.engine import train_step
+    from stages.core.progress import progress
 
     loading, total = [], []
     num_warmup = max(2, params.profile.warmup)
-    for step in range(num_warmup + params.profile.timed_steps):
+    num_steps = num_warmup + params.profile.timed_steps
+    for step in progress(range(num_steps), "profile: time", num_steps, "step"):
         synchronize(where)
         start = time.perf_counter()
         images, labels = next(batches)
@@ -167,6 +169,7 @@ def _record_steps(
 
     from stages.core.engine import train_step
     from stages.core.output import write_text
+    from stages.core.progress import progress
 
     knobs = params.profile
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if where.type == "cuda" else [])]
@@ -189,7 +192,8 @@ def _record_steps(
         with_modules=knobs.with_modules,
         acc_events=True,
     ) as profiler:
-        for step in range((knobs.wait + knobs.warmup + knobs.active) * knobs.repeat):
+        num_steps = (knobs.wait + knobs.warmup + knobs.active) * knobs.repeat
+        for step in progress(range(num_steps), "profile: record", num_steps, "step"):
             with record_function("load"):
                 images, labels = next(batches)
             with record_function("train_step"):
@@ -238,4 +242,4 @@ def _peak_memory_mb(where: torch.device) -> float:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(load_params(Params)), "profile")
+    run_stage(lambda: main(load_params(Params)), "profile")

@@ -50,20 +50,20 @@ def _judge(options: argparse.Namespace, runtime: RuntimeParams) -> int:
     """One verdict over all images."""
     from stages.core.detector import SMALLEST_WINDOW
     from stages.core.output import write_json, write_text
-    from stages.core.production import find_images, read_images
+    from stages.core.production import find_images, printable, read_images
 
     files = find_images(options.images)
     detector, extractor = open_detector(options.detector, options.classifier, runtime)
     spec = detector.spec
     window = read_images(files, spec.image_size, spec.crop_mode, spec.interpolation)
     if len(window.images) < SMALLEST_WINDOW:
-        reasons = "".join(f"\n  {name}: {reason}" for name, reason in window.skipped[:5])
+        reasons = "".join(f"\n  {printable(f'{name}: {reason}')}" for name, reason in window.skipped[:5])
         raise InputError(
             f"{' '.join(options.images)}: {len(window.images)} readable image{'s' * (len(window.images) != 1)}; "
             f"nothing can be said of fewer than {SMALLEST_WINDOW}{reasons}"
         )
     features = extractor.features(window.images)
-    judgement = detector.judge(features, extractor.adapted_logits(window.images, len(window.images)))
+    judgement = detector.judge(features, extractor.adapted_to_all(window.images))
     population = detector.population(features)
     oddness = detector.oddness(population)
     strangest = oddness.argsort(kind="stable")[::-1][: options.top]
@@ -90,6 +90,7 @@ def _judge(options: argparse.Namespace, runtime: RuntimeParams) -> int:
 
 def _watch(options: argparse.Namespace, runtime: RuntimeParams) -> int:
     """A verdict on each window of a stream, until it ends or is interrupted."""
+    from stages.core.production import printable
     from tools.monitor_stream import judge_stream, open_stream, stream_alpha
 
     files = open_stream(options.images, options.idle)
@@ -105,7 +106,8 @@ def _watch(options: argparse.Namespace, runtime: RuntimeParams) -> int:
         for number, names, judgement in judge_stream(detector, extractor, files, options.window, options.run_length):
             shift = ", label shift" if judgement.class_shift else ""
             print(
-                f"window {number}, {names[0]} to {names[-1]}: {judgement.status} (p = {judgement.p_value:.4f}{shift}), "
+                f"window {number}, {printable(names[0])} to {printable(names[-1])}: {judgement.status} "
+                f"(p = {judgement.p_value:.4f}{shift}), "
                 f"estimated accuracy {judgement.accuracy:.3f} ({judgement.low:.3f} to {judgement.high:.3f})",
                 flush=True,
             )
@@ -157,6 +159,8 @@ def as_json(judgement: Judgement, detector: Detector, num_images: int) -> dict[s
 
 def in_words(report: dict[str, Any]) -> str:
     """The report for a terminal."""
+    from stages.core.production import printable
+
     low, high = report["interval"]
     lines = [
         f"monitor: {report['status']}: {_WORDS[report['status']]} in {report['num_images']} images "
@@ -171,11 +175,12 @@ def in_words(report: dict[str, Any]) -> str:
     if report["num_tested"] < report["num_images"]:
         lines.append(f"  {report['num_tested']} of the images were compared")
     if report["skipped"]:
-        lines.append(f"  left out, cannot be read: {', '.join(each['path'] for each in report['skipped'][:5])}")
+        left_out = ", ".join(printable(each["path"]) for each in report["skipped"][:5])
+        lines.append(f"  left out, cannot be read: {left_out}")
     if report["status"] != "ok":
         moved = [f"{row['measure']} {row['shift']:+.1f}" for row in report["moved"][:5]]
         lines.append(f"  moved most (in standard deviations): {', '.join(moved)}")
-        lines.append(f"  strangest: {', '.join(row['path'] for row in report['images'][:3])}")
+        lines.append(f"  strangest: {', '.join(printable(row['path']) for row in report['images'][:3])}")
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from stages.core.detector import Detector, Judgement
 from stages.core.errors import InputError
 from stages.core.features import Extractor
-from stages.core.production import ImageFile, is_image_name, read_images
+from stages.core.production import ImageFile, is_image_name, printable, read_images
 
 _POLL_SECONDS = 0.5
 _SETTLED_SECONDS = 0.5  # a file that was written to later may be unfinished
@@ -59,7 +59,7 @@ def judge_stream(
         read = read_images(pending, spec.image_size, spec.crop_mode, spec.interpolation)
         pending = []
         for name, reason in read.skipped:
-            print(f"monitor: left out {name}: {reason}", flush=True)
+            print(f"monitor: left out {printable(name)}: {reason}", flush=True)
         images += list(read.images)
         names += read.names
         if len(names) < window:

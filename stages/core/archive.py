@@ -8,10 +8,12 @@ on, because it could be escaped before Python 3.11.13 (CVE-2025-4517).
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import lzma
 import os
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -29,6 +31,18 @@ from stages.core.source import SPLITS
 LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
 LITTER_PREFIXES = ("._", "__MACOSX")
 _CHUNK = 1 << 20
+# What the readers of archives raise when bytes were damaged, or chosen to mislead them.
+_DAMAGED = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    EOFError,
+    ValueError,
+    OverflowError,
+    NotImplementedError,
+)
 _DECOMPRESSORS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 
 
@@ -89,6 +103,23 @@ def open_labelled(
             yield {"all": _arrange_classes(path, members, classes)}
 
 
+@contextmanager
+def refused_when_damaged(what: str) -> Iterator[None]:
+    """Turn what reading a damaged archive raises into an InputError that begins with `what`; the disk's errors pass."""
+    try:
+        yield
+    except InputError:
+        raise
+    except _DAMAGED as error:
+        raise InputError(f"{what}: {error or type(error).__name__}; fetch it again") from None
+    except MemoryError:
+        raise InputError(f"{what}: a header asks for more memory than there is; fetch it again") from None
+    except OSError as error:
+        if error.errno not in (None, errno.EINVAL):  # the disk's fault, not the archive's
+            raise
+        raise InputError(f"{what}: {error}; fetch it again") from None
+
+
 # --- the kinds of source ------------------------------------------------------------------------------------------
 
 
@@ -100,19 +131,20 @@ def _open_members(path: Path, limits: Limits, scratch: Path) -> Iterator[tuple[l
     with path.open("rb") as file:
         magic = file.read(8)
     if magic.startswith(b"PK"):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                yield _zip_members(path, archive, limits)
-        except zipfile.BadZipFile as error:
-            raise InputError(f"{path}: broken or truncated zip: {error}") from None
+        with ExitStack() as stack:
+            with refused_when_damaged(f"{path}: broken or truncated zip"):
+                archive = stack.enter_context(zipfile.ZipFile(path))
+                found = _zip_members(path, archive, limits)
+            yield found
         return
     decompress = next((opener for start, opener in _DECOMPRESSORS.items() if magic.startswith(start)), None)
     plain = _decompress(path, decompress, limits, scratch) if decompress else path
     try:
-        with tarfile.open(plain, "r:") as tar:
-            yield _tar_members(path, plain, tar, limits)
-    except tarfile.TarError as error:
-        raise InputError(f"{path}: not a tar, tgz or zip archive, or truncated: {error}") from None
+        with ExitStack() as stack:
+            with refused_when_damaged(f"{path}: not a tar, tgz or zip archive, or truncated"):
+                tar = stack.enter_context(tarfile.open(plain, "r:"))
+                found = _tar_members(path, plain, tar, limits)
+            yield found
     finally:
         if plain != path:
             plain.unlink(missing_ok=True)
@@ -160,15 +192,23 @@ def _zip_members(path: Path, archive: zipfile.ZipFile, limits: Limits) -> tuple[
                 f"unpacked; data.max_ratio allows {limits.ratio}"
             )
         members.append(Member(str(name), info.file_size, _zip_reader(path, archive, info)))
+    # Members may share their compressed bytes: each is modest then, and all together are a bomb.
+    if total > limits.ratio * max(path.stat().st_size, 1 << 16):
+        raise InputError(
+            f"{path}: {path.stat().st_size:,} bytes say that they unpack to {total:,}; "
+            f"data.max_ratio allows {limits.ratio}-fold"
+        )
     return members, directories
 
 
 def _zip_reader(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[[], bytes]:
     def read() -> bytes:
-        try:
-            return archive.read(info)
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, lzma.LZMAError) as error:
-            raise InputError(f"{path}: {info.filename!r} is damaged: {error}") from None
+        # Asked for its size: without one, zipfile inflates all that is there, whatever the header says.
+        with refused_when_damaged(f"{path}: {info.filename!r} is damaged"), archive.open(info) as file:
+            content = file.read(info.file_size)
+            if len(content) != info.file_size or file.read(1):
+                raise InputError(f"{path}: {info.filename!r} is damaged: not {info.file_size:,} bytes; fetch it again")
+        return content
 
     return read
 
@@ -272,6 +312,8 @@ def _arrange(
         if _is_litter(name) or name.parts[: len(root)] != root:
             continue
         inside = name.parts[len(root) :]
+        if not inside:
+            raise InputError(f"{path}: {member.name!r} is a file, where the set's folder should be")
         if inside[0] not in SPLITS:
             continue  # a README or a CSV beside the splits
         if len(inside) != 3:

@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 
 from stages.core.closure import code_closure
 from stages.core.errors import InputError
+from stages.core.output import disk_errors
 
 _NUM_KEPT = 2  # the older one is for the case that the disk damages the newer one
 _MAX_DAYS = 14  # a run that nobody has gone on with for so long is forgotten
@@ -82,11 +83,15 @@ class CheckpointStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:08d}.pt"
         temporary = path.with_suffix(".new")
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        try:
+            with disk_errors(path), temporary.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
         for old in self._paths()[:-_NUM_KEPT]:
             old.unlink()
         return path

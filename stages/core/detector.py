@@ -29,7 +29,7 @@ from stages.core.errors import InputError
 from stages.core.features import Features
 from stages.core.image import CropMode, Interpolation
 from stages.core.measures import Projection, measure_names
-from stages.core.output import replace_directory, write_json
+from stages.core.output import disk_errors, replace_directory, write_json
 from stages.core.params import Section
 from stages.core.recipe import Precision
 from stages.core.two_sample import (
@@ -257,7 +257,8 @@ def save(folder: Path, detector: Detector) -> None:
     arrays = {f"projection.{name}": values for name, values in detector.projection._asdict().items()}
     arrays |= {"threshold.values": detector.threshold.values, "threshold.classes": detector.threshold.classes}
     with replace_directory(folder) as out:
-        save_file({name: np.ascontiguousarray(values) for name, values in arrays.items()}, out / "arrays.safetensors")
+        with disk_errors(folder):
+            save_file({name: np.ascontiguousarray(each) for name, each in arrays.items()}, out / "arrays.safetensors")
         write_json(out / "detector.json", detector.spec.model_dump())
 
 

@@ -84,6 +84,8 @@ def _download(url: str, partial: Path) -> None:
             if attempt == _ATTEMPTS or size == 0:
                 kept = f"; {size:,} bytes are kept and the next run goes on from there" if size else ""
                 raise InputError(f"{url}: cannot be downloaded: {_reason(error)}{kept}") from None
+        except requests.RequestException as error:  # redirects in a circle, an address that is none
+            raise InputError(f"{url}: cannot be downloaded: {_reason(error)}") from None
 
 
 def _continue_download(url: str, partial: Path) -> None:

@@ -22,6 +22,7 @@ from stages.core.detector import LARGEST_SHARE, SMALLEST_WINDOW, Detector, Sized
 from stages.core.features import Extractor, Features
 from stages.core.measures import fit_projection
 from stages.core.parallel import read_ahead
+from stages.core.progress import progress
 from stages.core.two_sample import (
     Calibration,
     Indices,
@@ -128,7 +129,7 @@ def false_alarms(
 ) -> dict[int, AlarmRates]:
     """Split clean images anew, calibrate, and count alarms on windows of the images left over, by window size."""
     rates: dict[int, list[float]] = {size: [] for size in sizes}
-    for number in range(resplits):
+    for number in progress(range(resplits), "drift: false alarms", resplits, "split"):
         rng = np.random.default_rng([seed, number])
         parts = split(len(features), rng)
         projection = fit_projection(features.rows(parts.reference), num_axes)

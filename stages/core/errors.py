@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
+
+# What the machine refuses, and what to do: no defect of ours.
+_MACHINE = {
+    errno.ENOSPC: "free some space (or inodes, `df -i`) and run the same command again",
+    errno.EDQUOT: "your quota is used up: free some space and run the same command again",
+    errno.EROFS: "the place cannot be written to: mount it writable, or work in another place",
+    errno.EACCES: "you may not: see who owns it (`ls -ld`)",
+    errno.EPERM: "you may not: see who owns it (`ls -ld`)",
+    errno.EMFILE: "raise the limit of open files (`ulimit -n 1024`)",
+    errno.ENFILE: "the machine has too many open files: end some programs",
+    errno.EIO: "the disk has a fault",
+}
 
 
 class InputError(ValueError):
@@ -29,8 +42,8 @@ def run_main(main: Callable[[], int | None], name: str) -> None:
     """Run `main` as the body of a process, and end the process.
 
     An `InputError` ends it with its message alone on stderr (exit status 2 for tools and stages alike); `Stopped` and
-    an interrupt with 128 plus the signal's number; a ConnectionError, which is no fault of this process, with its
-    message and 1. Anything else is a defect of ours and keeps its traceback.
+    an interrupt with 128 plus the signal's number; a ConnectionError and what the machine refuses (a full disk), which
+    are no fault of this process, with a message and 1. Anything else is a defect of ours and keeps its traceback.
     """
     try:
         status = main()
@@ -44,9 +57,16 @@ def run_main(main: Callable[[], int | None], name: str) -> None:
     except ConnectionError as error:
         print(f"{name}: {error}", file=sys.stderr)
         status = 1
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
-        status = 128 + signal.SIGINT
+    except OSError as error:
+        if error.errno not in _MACHINE:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"{name}: error: {place}{error.strerror}; {_MACHINE[error.errno]}", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt as interrupt:
+        reason, number = interrupt.args or ("interrupted", signal.SIGINT)
+        print(f"{name}: {reason}; run the same command again", file=sys.stderr)
+        status = 128 + number
     raise SystemExit(status or 0)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
-from typing import Literal
+import zlib
+from typing import Any, Literal
 
 import numpy as np
 import simplejpeg
@@ -17,6 +19,24 @@ from stages.core.errors import InputError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 # Above it, an image is taken for a decompression bomb (Pillow's own error limit, 179 megapixels).
 MAX_PIXELS = 178_956_970
+# What Pillow raises of damaged bytes (each was seen, or is raised by its plugins).
+_DAMAGED = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+# PNG: numbers a pixel by colour type, and the passes of an interlaced one (left, top, columns apart, rows apart).
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+_BAND = 1 << 22  # pixels that are scaled at once
 
 CropMode = Literal["center", "squash", "border"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box"]
@@ -64,10 +84,12 @@ def decode_image(
             rgb = _plain_jpeg(image, content) if image.size == full_size else None
             if rgb is None:
                 image.load()  # verify() would let a truncated JPEG pass
+                if image.format == "PNG":
+                    _check_png_is_whole(content)
                 ImageOps.exif_transpose(image, in_place=True)
                 rgb = _to_rgb(image)
-        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-            raise InputError(f"{name}: cannot be decoded: {error}") from None
+        except _DAMAGED as error:
+            raise InputError(f"{name}: cannot be decoded: {error or type(error).__name__}") from None
     return rgb if rgb.size == (size, size) else _to_square(rgb, size, crop_mode, INTERPOLATIONS[interpolation])
 
 
@@ -82,8 +104,8 @@ def _open(content: bytes, name: str) -> Image.Image:
         raise InputError(f"{name}: {what}; readable formats: {', '.join(FORMATS)}") from None
     except Image.DecompressionBombError as error:
         raise InputError(f"{name}: {error}") from None
-    except (OSError, SyntaxError, ValueError, EOFError, OverflowError) as error:
-        raise InputError(f"{name}: cannot be read as an image: {error}") from None
+    except _DAMAGED as error:
+        raise InputError(f"{name}: cannot be read as an image: {error or type(error).__name__}") from None
     if image.width * image.height > MAX_PIXELS or not image.width * image.height:
         raise InputError(f"{name}: {image.width}x{image.height} pixels; the limit is {MAX_PIXELS}")
     return image
@@ -99,23 +121,51 @@ def _plain_jpeg(image: Image.Image, content: bytes) -> Image.Image | None:
         return None
 
 
+def _check_png_is_whole(content: bytes) -> None:
+    """ValueError when a PNG's data end before its last row: Pillow takes the missing rows for black."""
+    width, height, depth, colour, _, _, is_interlaced = struct.unpack(">IIBBBBB", content[16:29])
+    bits = depth * _PNG_CHANNELS[colour]
+    missing = 0
+    for left, top, across, down in _ADAM7 if is_interlaced else ((0, 0, 1, 1),):
+        columns, rows = -(-(width - left) // across), -(-(height - top) // down)
+        missing += rows * (1 + -(-columns * bits // 8)) if columns > 0 and rows > 0 else 0
+    inflate, position = zlib.decompressobj(), 8
+    while missing > 0 and position + 8 <= len(content):
+        length, kind = struct.unpack(">I4s", content[position : position + 8])
+        data = content[position + 8 : position + 8 + length] if kind == b"IDAT" else b""
+        while data and missing > 0 and not inflate.eof:
+            missing -= len(inflate.decompress(data, 1 << 20))
+            data = inflate.unconsumed_tail
+        position += 12 + length
+    if missing > 0 and len(inflate.flush()) < missing:
+        raise ValueError("the data end before the last row of pixels")
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Grayscale, palette, CMYK, alpha (over white) and 16-bit to RGB; the first frame of an animation."""
     if image.mode.startswith("I") or image.mode == "F":
         # Pillow clips here (a 16-bit image would come out white): scale the format's range instead.
-        values = np.asarray(image, dtype=np.float64)
-        if not np.isfinite(values).all():
-            raise ValueError("pixel values are not finite")
-        low, high = float(values.min(initial=0)), float(values.max(initial=0))
-        full = 1.0 if high <= 1 and image.mode == "F" else 255.0 if high <= 255 and image.mode == "F" else 65535.0
-        if low < 0 or high > full:
-            raise ValueError(f"pixel values from {low:g} to {high:g}; expected 0 to {full:g}")
-        return Image.fromarray(np.round(values * (255 / full)).astype(np.uint8)).convert("RGB")
+        return _scaled(np.asarray(image), image.mode == "F").convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")  # which copies
+
+
+def _scaled(values: NDArray[Any], is_float: bool) -> Image.Image:
+    """Numbers (H, W) of a 16-bit or float image as 8-bit grey, in bands: a large one as float64 takes gigabytes."""
+    if not np.isfinite(values).all():
+        raise ValueError("pixel values are not finite")
+    low, high = float(values.min(initial=0)), float(values.max(initial=0))
+    full = 1.0 if is_float and high <= 1 else 255.0 if is_float and high <= 255 else 65535.0
+    if low < 0 or high > full:
+        raise ValueError(f"pixel values from {low:g} to {high:g}; expected 0 to {full:g}")
+    grey = np.empty(values.shape, dtype=np.uint8)
+    rows = max(1, _BAND // max(1, values.shape[1]))
+    for top in range(0, len(values), rows):
+        grey[top : top + rows] = np.round(values[top : top + rows].astype(np.float64) * (255 / full))
+    return Image.fromarray(grey)
 
 
 def _to_square(image: Image.Image, size: int, crop_mode: CropMode, resample: Image.Resampling) -> Image.Image:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stages.core.errors import InputError
-from stages.core.output import replace_directory, write_json
+from stages.core.output import disk_errors, replace_directory, write_json
 from stages.core.params import Section
 from stages.core.recipe import ModelParams
 
@@ -91,7 +91,8 @@ def save(folder: Path, model: nn.Module, spec: ModelSpec) -> None:
     """Write a model directory (model.safetensors, model.json) that appears whole or not at all."""
     with replace_directory(folder) as out:
         state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-        save_file(state, out / "model.safetensors")
+        with disk_errors(folder):
+            save_file(state, out / "model.safetensors")
         write_json(out / "model.json", spec.model_dump())
 
 

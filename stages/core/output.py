@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +53,19 @@ def write_text(path: Path, content: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write readable JSON; NaN and infinity, which JSON does not have, raise ValueError."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Raise the OSError that safetensors and torch hide in an exception of their own (a full disk, above all)."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+        raise
 
 
 def _flush_to_disk(file: Path) -> None:

@@ -78,7 +78,7 @@ def pack(
     jobs = (job for split, tar in tars.items() for job in _jobs(split, tar, counts[split], out, geometry.size))
     results = parallel_map(partial(_pack_some, geometry), jobs, workers, chunk=1)
     num_jobs = sum(-(-count // _CHUNK) for count in counts.values())
-    for done in progress(results, "preprocess", num_jobs, f"x{_CHUNK} img"):
+    for done in progress(results, "preprocess", num_jobs, scale=_CHUNK):
         first_error = next((error for error in done.errors if error is not None), None)
         if first_error is not None and not skip_bad:
             raise InputError(f"{first_error}; mend or remove it, or set preprocess.on_bad_image to skip")
@@ -146,8 +146,9 @@ def _keep_rows(path: Path, rows: list[int]) -> None:
     """Rewrite a packed array with only these rows, in bounded memory."""
     old = np.load(path, mmap_mode="r")
     shorter = path.with_name(f"{path.name}.kept")
-    new = np.lib.format.open_memmap(shorter, mode="w+", dtype=np.uint8, shape=(len(rows), *old.shape[1:]))
-    for start in range(0, len(rows), 256):
-        new[start : start + 256] = old[rows[start : start + 256]]
-    new.flush()
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(rows), *old.shape[1:])}
+    with shorter.open("wb") as file:  # written, not mapped: on a full disk, a mapped page kills the process
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in range(0, len(rows), 256):
+            file.write(np.ascontiguousarray(old[rows[start : start + 256]]).data)
     shorter.replace(path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -32,7 +34,7 @@ def parallel_map(
         return
     context = multiprocessing.get_context("spawn")
     waiting: deque[Future[list[Result]]] = deque()
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
         try:
             for some in chain([first], chunks):
                 waiting.append(pool.submit(_apply, function, some))
@@ -47,6 +49,18 @@ def parallel_map(
         finally:
             # Not future.cancel(): before Python 3.11.4 the pool can then wait for ever (python/cpython#94440).
             pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """A worker waits for work on a pipe that it holds open itself: of a parent that was killed it would never hear."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _apply(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:

@@ -7,7 +7,7 @@ share live beside the code that they steer (`recipe.py`, `runtime.py`).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,7 +59,9 @@ def read_params(path: Path = PARAMS_FILE) -> dict[str, Any]:
         document = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: not found; run stages from the root of the repository") from None
-    except (YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise InputError(f"{path}: nested too deeply; it has sections, and keys in them") from None
+    except (YAMLError, ValueError) as error:  # ValueError: bytes that are not UTF-8, a date that is none
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
         raise InputError(f"{path}: expected sections ({', '.join(SECTIONS)}), found {document!r}")
@@ -72,16 +74,42 @@ def check_params(model: type[SectionType], document: Mapping[str, Any], where: s
     try:
         params = model.model_validate({key: document[key] for key in model.model_fields if key in document})
     except ValidationError as error:
-        mistakes += [_explain(details, model) for details in error.errors()]
+        mistakes += _explain_all(error.errors(), model)
     if mistakes:
         raise InputError("\n  ".join([f"{where}:", *mistakes]) if len(mistakes) > 1 else f"{where}: {mistakes[0]}")
     return params
 
 
-def _explain(details: ErrorDetails, model: type[BaseModel]) -> str:
+def _explain_all(errors: Sequence[ErrorDetails], model: type[BaseModel]) -> list[str]:
+    """The errors of pydantic, one line a key: a key of several types has one error for each of them."""
+    mistakes: dict[str, str] = {}
+    for details in errors:
+        key = _key(details, model)
+        if key in mistakes and " is refused: " in mistakes[key]:
+            mistakes[key] += " or " + details["msg"].removeprefix("Input should be ")
+        elif key in mistakes:
+            mistakes[key] += f"\n  {_explain(details, key, model)}"
+        else:
+            mistakes[key] = _explain(details, key, model)
+    return list(mistakes.values())
+
+
+def _key(details: ErrorDetails, model: type[BaseModel]) -> str:
+    """The key that an error is about, without the names that pydantic gives to the types of a union."""
+    parts: list[str] = []
+    annotation: Any = model
+    for part in map(str, details["loc"]):
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            parts.append(part)
+            annotation = annotation.model_fields[part].annotation if part in annotation.model_fields else None
+        elif part.isdigit():  # the place in a list
+            parts.append(part)
+    return ".".join(parts)
+
+
+def _explain(details: ErrorDetails, key: str, model: type[BaseModel]) -> str:
     """One pydantic error as 'key: what is wrong (what is valid)'."""
     location = [str(part) for part in details["loc"]]
-    key = ".".join(location)
     kind = details["type"]
     if kind == "missing":
         return f"{key}: missing {'section' if len(location) == 1 else 'key'}; params.yaml as committed has it"

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from stages.core.archive import refused_when_damaged
 from stages.core.errors import InputError
 from stages.core.image import CropMode, Interpolation, decode
 
@@ -24,6 +25,7 @@ from stages.core.image import CropMode, Interpolation, decode
 _DAMAGED = (OSError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 _LARGEST_FILE = 200_000_000  # bytes
+_LARGEST_RATIO = 200  # unpacked bytes per byte of archive; more is taken for a bomb
 
 
 class ImageFile(NamedTuple):
@@ -80,12 +82,19 @@ def is_image_name(name: str) -> bool:
     return not hidden and PurePosixPath(name).suffix.lower() in _SUFFIXES
 
 
+def printable(text: str) -> str:
+    """Text that a stranger chose, for a terminal: control characters, which could steer it, as escapes."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
 def _inside(path: Path) -> list[ImageFile]:
     if path.is_dir():
         files = [
             file for file in path.rglob("*") if is_image_name(file.relative_to(path).as_posix()) and file.is_file()
         ]
         return [ImageFile(str(file), file.read_bytes) for file in sorted(files)]
+    if not path.is_file():  # opening a pipe would wait for somebody to write
+        raise InputError(f"{path}: no regular file and no folder")
     if path.suffix == ".npy":
         return _packed(path)
     if path.suffix.lower() in _SUFFIXES:
@@ -111,10 +120,8 @@ def _packed(path: Path) -> list[ImageFile]:
 
 
 def _zipped(path: Path) -> list[ImageFile]:
-    try:
+    with refused_when_damaged(f"{path}: broken or truncated zip"):
         archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
-        raise InputError(f"{path}: broken or truncated zip: {error}") from None
     members = [info for info in archive.infolist() if is_image_name(info.filename) and not info.is_dir()]
     members.sort(key=lambda info: info.filename)
     return [ImageFile(f"{path}:{info.filename}", partial(_unzip, archive, info)) for info in members]
@@ -123,20 +130,27 @@ def _zipped(path: Path) -> list[ImageFile]:
 def _unzip(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     if info.file_size > _LARGEST_FILE or info.flag_bits & 1:
         raise InputError("encrypted, or too large for an image")
-    return archive.read(info)
+    with refused_when_damaged("damaged"), archive.open(info) as file:
+        return file.read(info.file_size)  # and no more, whatever is there
 
 
 def _tarred(path: Path) -> list[ImageFile]:
     members: dict[str, bytes] = {}
-    try:
-        with tarfile.open(path) as tar:
-            for info in tar:
-                if info.isfile() and is_image_name(info.name) and info.size <= _LARGEST_FILE:
-                    file = tar.extractfile(info)
-                    assert file is not None
-                    members[info.name] = file.read()
-    except (tarfile.TarError, *_DAMAGED) as error:
-        raise InputError(f"{path}: no image, folder, or archive that can be read: {error}") from None
+    allowed, total = _LARGEST_RATIO * max(path.stat().st_size, 1 << 16), 0
+    with refused_when_damaged(f"{path}: no image, folder, or archive that can be read"), tarfile.open(path) as tar:
+        for info in tar:
+            total += info.size
+            if total > allowed:
+                raise InputError(f"{path}: unpacks to more than {_LARGEST_RATIO} times its size; taken for a bomb")
+            if info.isreg() and is_image_name(info.name) and info.size <= _LARGEST_FILE:
+                file = tar.extractfile(info)
+                assert file is not None
+                members[info.name] = file.read()
+        # tarfile reads one that was cut between two members, or has a damaged header, up to there without a word.
+        assert tar.fileobj is not None
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(512) != bytes(512):
+            raise InputError(f"{path}: truncated or damaged: the archive ends without its end marker; fetch it again")
     return [ImageFile(f"{path}:{name}", partial(_content, members, name)) for name in sorted(members)]
 
 

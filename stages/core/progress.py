@@ -1,7 +1,8 @@
-"""What a stage says while it works: a bar on a terminal, and one line at its end everywhere."""
+"""What a stage says while it works: a bar on a terminal, now and then a line elsewhere; and one line at its end."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,9 +13,29 @@ from tqdm import tqdm
 Item = TypeVar("Item")
 
 
-def progress(items: Iterable[Item], what: str, total: int | None = None, unit: str = "img") -> Iterator[Item]:
-    """Pass `items` through, with rate and time left on a terminal and nothing elsewhere."""
-    yield from tqdm(items, desc=what, total=total, unit=unit, disable=None, leave=False, dynamic_ncols=True)
+_SECONDS_BETWEEN_LINES = 30.0
+
+
+def progress(
+    items: Iterable[Item], what: str, total: int | None = None, unit: str = "img", scale: int = 1
+) -> Iterator[Item]:
+    """Pass `items` through, with rate and time left: as a bar on a terminal, elsewhere as a line every half minute.
+
+    An item counts as `scale` units.
+    """
+    if sys.stderr.isatty():
+        yield from tqdm(items, what, total, unit=unit, unit_scale=scale, leave=False, dynamic_ncols=True)
+        return
+    start = said = time.monotonic()
+    for number, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - said >= _SECONDS_BETWEEN_LINES:
+            said = now
+            rate = number / (now - start)
+            left = "" if total is None else f" of {scale * total:,}"
+            wait = "" if total is None else f", {(total - number) / rate:,.0f} s left"
+            print(f"{what}: {scale * number:,}{left} {unit}, {scale * rate:,.1f} {unit}/s{wait}", flush=True)
 
 
 @contextmanager

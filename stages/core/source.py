@@ -8,7 +8,9 @@ data/raw/
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+from typing import BinaryIO
 
 from pydantic import ValidationError
 
@@ -50,3 +52,32 @@ def load_source_info(folder: Path = RAW) -> SourceInfo:
         raise InputError(f"{path}: not found; run `dvc repro extract` (or `dvc checkout`)") from None
     except ValidationError as error:
         raise InputError(f"{path}: not written by this version; run `dvc repro extract`: {error}") from None
+
+
+def content_hash(folder: Path = RAW) -> str:
+    """sha256 of the tars, as source.json has it. FileNotFoundError without them."""
+    digests = []
+    for split in SPLITS:
+        with (folder / f"{split}.tar").open("rb") as file:
+            digests.append(_sha256(file))
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def check_content(info: SourceInfo, folder: Path = RAW) -> None:
+    """InputError when the tars are not those that extract wrote: DVC takes an altered cache entry without a word."""
+    try:
+        found = content_hash(folder)
+    except FileNotFoundError as error:
+        raise InputError(f"{error.filename}: not found; run `dvc repro extract` (or `dvc checkout`)") from None
+    if found != info.sha256:
+        raise InputError(
+            f"{folder}: altered since extract wrote it (sha256 {found}, not {info.sha256}); run `dvc repro extract`; "
+            "when it says that nothing changed, `dvc repro --force extract`: DVC's cache is damaged"
+        )
+
+
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()

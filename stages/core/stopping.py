@@ -11,6 +11,8 @@ from types import FrameType
 
 import psutil
 
+from stages.core.errors import run_main
+
 _POLL_SECONDS = 1.0
 
 
@@ -54,6 +56,32 @@ def stop_requests() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
+def run_stage(main: Callable[[], None], name: str) -> None:
+    """`run_main` for a stage with nothing to save: SIGTERM, Ctrl-C and the death of dvc end it, and it cleans up."""
+    asked = StopRequest()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        asked.ask("interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}", number)
+        raise KeyboardInterrupt(asked.reason, asked.signal_number)
+
+    def when_gone(reason: str) -> None:
+        asked.ask(reason)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def stopped_or_ended() -> None:
+        try:
+            main()
+        except BaseException:
+            if asked:  # libraries catch it at times, and fail of something else then
+                raise KeyboardInterrupt(asked.reason, asked.signal_number) from None
+            raise
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    watch_owner(when_gone)
+    run_main(stopped_or_ended, name)
+
+
 def watch_owner(when_gone: Callable[[str], None]) -> threading.Event:
     """Call `when_gone(reason)` from a thread when the process that this one belongs to dies, until the event is set."""
     ended = threading.Event()
@@ -61,7 +89,7 @@ def watch_owner(when_gone: Callable[[str], None]) -> threading.Event:
 
     def watch(owner: psutil.Process) -> None:
         while not ended.wait(_POLL_SECONDS):
-            if not _is_alive(owner):
+            if not _is_alive(owner) or (owner.pid == 1 and not _is_dvc(owner) and "DVC_STAGE" in os.environ):
                 when_gone(f"stopped, because the process that started it ({owner.pid}) is gone")
                 return
 
@@ -77,14 +105,14 @@ def _owner() -> psutil.Process | None:
         return parents[0] if parents else None
     if "DVC_STAGE" not in os.environ:  # started by hand: nohup and the like must go on working
         return None
-    for parent in parents:
-        try:
-            words = parent.cmdline()
-        except psutil.Error:
-            continue
-        if any(os.path.basename(word).startswith("dvc") for word in words[:3]):
-            return parent
-    return parents[0] if parents else None
+    return next(filter(_is_dvc, parents), parents[0] if parents else None)
+
+
+def _is_dvc(process: psutil.Process) -> bool:
+    try:
+        return any(os.path.basename(word).startswith("dvc") for word in process.cmdline()[:3])
+    except psutil.Error:
+        return False
 
 
 def _is_alive(process: psutil.Process) -> bool:

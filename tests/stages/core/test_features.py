@@ -167,3 +167,16 @@ def test_groups_have_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_model_without_batch_norms_is_not_adapted() -> None:
     assert extractor("test_vit", image_size=160).adapted_logits(clouds(2, 160, 160), 2) is None
+
+
+def test_the_order_of_images_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are several groups, one of a single class would otherwise be adapted to that class."""
+    monkeypatch.setattr(module, "LARGEST_GROUP", 4)
+    images = clouds(12, 32, 32)
+    looking = extractor()
+    first, order = looking.adapted_to_all(images), np.random.default_rng(0).permutation(12)
+    again = looking.adapted_to_all(images[order])
+    assert first is not None
+    assert again is not None
+    assert np.array_equal(again, first[order])
+    assert not np.allclose(looking.adapted_logits(images[order], 4), again, atol=1e-3)  # type: ignore[arg-type]
