@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Stages inherit the environment, and must not see the key to the remote.
 unexport GDRIVE_CREDENTIALS_DATA
-remote-gdrive push pull doctor verify: export GDRIVE_CREDENTIALS_DATA := $(value GDRIVE_CREDENTIALS_DATA)
+remote-gdrive push pull doctor verify docker-pull docker-shell docker-train: export GDRIVE_CREDENTIALS_DATA := $(value GDRIVE_CREDENTIALS_DATA)
 # What was installed last: a new requirements.txt installs again.
 STAMP := $(VENV)/.installed
 

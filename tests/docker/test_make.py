@@ -107,3 +107,9 @@ def test_a_key_is_mounted(named: tuple[str, str], repository: Path) -> None:
     (repository / ".secrets/gdrive-key.json").write_text("not a key")
     result = make(repository, "make docker-pull", *named, check=False)
     assert "/run/secrets/gdrive-key.json is not JSON" in result.stderr
+
+
+def test_a_key_in_the_environment_arrives(named: tuple[str, str], repository: Path) -> None:
+    result = make(repository, "make docker-pull", *named, check=False, GDRIVE_CREDENTIALS_DATA="not a key")
+    assert "GDRIVE_CREDENTIALS_DATA is not JSON" in result.stderr
+    assert "not a key" not in result.stdout + result.stderr
