@@ -4,7 +4,8 @@
     python -m tools.benchmark_predict IMAGES --rounds 5 --repeat 3
 
 The contenders take turns, round after round, so that a busy machine slows all of them. Start-up is the time of a
-process that predicts one image; images per second is what all the others take beyond it. Prints a table; writes
+process that predicts one image; images per second is what all the others take beyond it. The same in CPU
+seconds, which a busy machine changes less; with one thread they are what a free core would take. Prints a table; writes
 benchmarks/predict.json (every round). docs/PREDICT.md shows results.
 """
 
@@ -21,7 +22,7 @@ import tempfile
 import time
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from stages.core.errors import InputError, run_main
 from stages.core.output import write_json
@@ -51,7 +52,7 @@ def main() -> None:
             if _disagreements(measured):
                 raise InputError("the contenders predict different classes: run `dvc repro export`")
             if number:  # the first round fills the disk cache
-                rounds.append({name: times[:2] for name, times in measured.items()})
+                rounds.append({name: times for name, (times, _) in measured.items()})
     num_images = len(files) * options.repeat
     results = {name: _summary([each[name] for each in rounds], num_images) for name in contenders}
     report: dict[str, Any] = {
@@ -65,43 +66,60 @@ def main() -> None:
     print(table(results))
 
 
-def _measure(words: list[str], one: str, options: argparse.Namespace) -> tuple[float, float, list[str]]:
-    """Seconds of a process with one image and with all of them, and the classes that the second gave."""
+class Times(NamedTuple):
+    """Wall and CPU seconds of a process with one image, and of one with all of them."""
+
+    start: float
+    whole: float
+    start_cpu: float
+    whole_cpu: float
+
+
+def _measure(words: list[str], one: str, options: argparse.Namespace) -> tuple[Times, list[str]]:
+    """The times of both processes, and the classes that the second gave."""
     command = [sys.executable, "-m", *words, "--threads", str(options.threads)]
-    seconds, said = [], ""
+    seconds, cpu_seconds, said = [], [], ""
     for places in ([one], [options.images] * options.repeat):
-        start = time.perf_counter()
+        start, cpu_before = time.perf_counter(), os.times()
         ended = subprocess.run([*command, *places], capture_output=True, text=True)  # noqa: S603
         seconds.append(time.perf_counter() - start)
+        cpu = os.times()
+        cpu_seconds.append(cpu[2] + cpu[3] - cpu_before[2] - cpu_before[3])  # of the processes that have ended
         if ended.returncode:
             raise InputError(f"`python -m {words[0]}` failed: {ended.stderr.strip()}")
         said = ended.stdout
-    return seconds[0], seconds[1], [row["class"] for row in csv.DictReader(said.splitlines())]
+    return Times(*seconds, *cpu_seconds), [row["class"] for row in csv.DictReader(said.splitlines())]
 
 
-def _disagreements(measured: dict[str, tuple[float, float, list[str]]]) -> int:
+def _disagreements(measured: dict[str, tuple[Times, list[str]]]) -> int:
     """Images whose class differs between the contenders of full precision."""
-    return sum(a != b for a, b in zip(measured[OURS][2], measured[BASELINE][2], strict=True))
+    return sum(a != b for a, b in zip(measured[OURS][1], measured[BASELINE][1], strict=True))
 
 
-def _summary(rounds: list[tuple[float, ...]], num_images: int) -> dict[str, Any]:
-    starts = [start for start, _ in rounds]
-    speeds = [(num_images - 1) / max(whole - start, 1e-3) for start, whole in rounds]
-    return {
-        "start_s": {"median": statistics.median(starts), "rounds": starts},
-        "images_per_second": {"median": statistics.median(speeds), "rounds": speeds},
+def _summary(rounds: list[Times], num_images: int) -> dict[str, Any]:
+    others = num_images - 1
+    columns = {
+        "start_s": [times.start for times in rounds],
+        "images_per_second": [others / max(times.whole - times.start, 1e-3) for times in rounds],
+        "start_cpu_s": [times.start_cpu for times in rounds],
+        "images_per_cpu_second": [others / max(times.whole_cpu - times.start_cpu, 1e-3) for times in rounds],
     }
+    return {name: {"median": statistics.median(values), "rounds": values} for name, values in columns.items()}
 
 
 def table(results: dict[str, Any]) -> str:
     """Medians, and the lowest and highest of the rounds, for people."""
-    lines = ["| | start-up, one image (s) | images per second |", "|---|---|---|"]
+    lines = [
+        "| | start-up, one image (s) | images per second | start-up (CPU s) | images per CPU second |",
+        "|---|---|---|---|---|",
+    ]
     for name, row in results.items():
-        start, speed = row["start_s"], row["images_per_second"]
-        lines.append(
-            f"| {name} | {start['median']:.2f} ({min(start['rounds']):.2f} to {max(start['rounds']):.2f}) "
-            f"| {speed['median']:,.0f} ({min(speed['rounds']):,.0f} to {max(speed['rounds']):,.0f}) |"
-        )
+        cells = []
+        for key, numbers in row.items():
+            digits = ".2f" if key.startswith("start") else ",.0f"
+            low, high = min(numbers["rounds"]), max(numbers["rounds"])
+            cells.append(f"{numbers['median']:{digits}} ({low:{digits}} to {high:{digits}})")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -68,7 +68,7 @@ def export(network: nn.Module, spec: OnnxSpec, path: Path) -> None:
                 dynamic_axes={INPUT: {0: "N"}, OUTPUT: {0: "N"}},
             )
     except Exception as error:  # of an operator that it does not know: TypeError, IndexError and others, too
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
         raise InputError(
             f"{spec.architecture} cannot be exported to ONNX: {reason}; choose another model.name, or leave this "
             "stage out: `dvc repro evaluate profile drift`"

@@ -10,14 +10,17 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import run
-from tools.benchmark_predict import _summary, table
+from tools.benchmark_predict import Times, _summary, table
 
 
 def test_start_up_is_taken_out_of_the_speed() -> None:
-    row = _summary([(1.0, 3.0), (0.5, 1.5), (2.0, 7.0)], 101)
+    row = _summary([Times(1.0, 3.0, 0.5, 2.5), Times(0.5, 1.5, 0.4, 1.4), Times(2.0, 7.0, 0.6, 4.6)], 101)
     assert row["start_s"] == {"median": 1.0, "rounds": [1.0, 0.5, 2.0]}
     assert row["images_per_second"] == {"median": 50.0, "rounds": [50.0, 100.0, 20.0]}
-    assert table({"ours": row}).splitlines()[-1] == "| ours | 1.00 (0.50 to 2.00) | 50 (20 to 100) |"
+    assert row["start_cpu_s"]["median"] == 0.5
+    assert row["images_per_cpu_second"]["rounds"] == pytest.approx([50, 100, 25])
+    told = "| ours | 1.00 (0.50 to 2.00) | 50 (20 to 100) | 0.50 (0.40 to 0.60) | 50 (25 to 100) |"
+    assert table({"ours": row}).splitlines()[-1] == told
 
 
 @pytest.mark.slow
