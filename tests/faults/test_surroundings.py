@@ -45,7 +45,7 @@ def check_runs(
 
 @case(
     "no git",
-    "In a folder without git, `dvc repro` says so and how to go on; with `dvc config core.no_scm true` it works.",
+    "Without git, `dvc repro` says so; after `dvc config core.no_scm true` it runs.",
 )
 def test_no_git(repository: Path) -> None:
     shutil.rmtree(repository / ".git")
