@@ -71,7 +71,8 @@ def load_split(split: str, meta: PackMeta, folder: Path = PROCESSED) -> Split:
         raise InputError(
             f"{images_path}: {images.dtype} {images.shape}, but meta.json says {count} images of {size} px"
         )
-    if labels.shape != (count,) or count == 0 or labels.min() < 0 or labels.max() >= len(meta.classes):
+    is_whole = labels.dtype.kind in "iu" and labels.shape == (count,) and count > 0
+    if not is_whole or labels.min() < 0 or labels.max() >= len(meta.classes):
         raise InputError(f"{labels_path}: labels must be {count} numbers from 0 to {len(meta.classes) - 1}")
     return Split(images, labels.astype(np.int64, copy=False))
 

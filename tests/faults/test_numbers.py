@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from tests.faults.reliability import case
@@ -32,7 +34,7 @@ def refused(repository: Path, stage: str, *words: str) -> None:
     assert "Traceback" not in ended.stderr
 
 
-def rewrite(path: Path, array: np.ndarray) -> None:  # type: ignore[type-arg]
+def rewrite(path: Path, array: NDArray[Any]) -> None:
     """DVC may have made the file read-only, and a link into its cache."""
     path.unlink()
     np.save(path, array)

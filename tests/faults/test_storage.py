@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -266,28 +265,27 @@ def test_a_truncated_cache_entry(name: str, stage: str, repository: Path) -> Non
     assert "Traceback" not in ended.stderr
 
 
+def delete_outputs(folder: Path) -> None:
+    for name in ("data", "models", "plots"):
+        shutil.rmtree(folder / name)
+
+
+def alter_outputs(folder: Path) -> None:
+    for name in ("data/processed/val_images.npy", "metrics/evaluate.json", "models/drift/detector.json"):
+        spoil(folder / name, flipped)
+
+
 @pytest.mark.parametrize(
-    ("what", "harm"),
+    "harm",
     [
-        pytest.param(what, harm, marks=case(f"outputs {what}", f"{promise}; the lock stays the same."), id=what)
+        pytest.param(harm, marks=case(f"outputs {what}", f"{promise}; the lock stays the same."), id=what)
         for what, harm, promise in (
-            (
-                "deleted by hand",
-                lambda folder: [shutil.rmtree(folder / name) for name in ("data", "models", "plots")],
-                "`dvc repro` brings them back",
-            ),
-            (
-                "altered by hand",
-                lambda folder: [
-                    spoil(folder / name, flipped)
-                    for name in ("data/processed/val_images.npy", "metrics/evaluate.json", "models/drift/detector.json")
-                ],
-                "`dvc repro` notices and makes them again",
-            ),
+            ("deleted by hand", delete_outputs, "`dvc repro` brings them back"),
+            ("altered by hand", alter_outputs, "`dvc repro` notices and makes them again"),
         )
     ],
 )
-def test_outputs_that_were_touched(what: str, harm: Callable[[Path], Any], repository: Path) -> None:
+def test_outputs_that_were_touched(harm: Callable[[Path], None], repository: Path) -> None:
     names = ("data/raw", "data/processed", "models", "plots")
     before, lock = files(*(repository / name for name in names)), (repository / "dvc.lock").read_bytes()
     harm(repository)
