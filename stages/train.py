@@ -180,6 +180,13 @@ def _train_epoch(session: Session, source: Source, meta: PackMeta) -> float:
             f"train.image_size {params.image_size}: set train.grad_accumulation to {2 * params.grad_accumulation} (the "
             "same step in smaller parts), lower train.batch_size or train.image_size, or set runtime.resident to false"
         ) from None
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise InputError(
+            f"params.yaml: train.batch_size: {params.batch_size}: batch normalisation needs more than one image at a "
+            "time: use at least 2, in each part and process"
+        ) from None
     device.synchronize(where)
     seconds = time.perf_counter() - start - (trainer.recording_seconds - recorded)
     return (session.step - start_step) * params.batch_size / seconds

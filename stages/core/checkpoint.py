@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 from stages.core.closure import code_closure
 from stages.core.errors import InputError
 from stages.core.output import disk_errors
+from stages.core.runtime import make_cache_dir
 
 _NUM_KEPT = 2  # the older one is for the case that the disk damages the newer one
 _MAX_DAYS = 14  # a run that nobody has gone on with for so long is forgotten
@@ -52,7 +53,7 @@ class CheckpointStore:
 
         Forgets runs that were left alone for two weeks.
         """
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        make_cache_dir(self.folder.parent)
         try:
             with FileLock(self.folder.with_suffix(".lock"), timeout=_LOCK_SECONDS):
                 _forget_old_runs(self.folder.parent)

@@ -12,6 +12,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from stages.core.errors import InputError
+from stages.core.runtime import make_cache_dir
 
 _CHUNK = 1 << 16  # bytes; what a break can lose
 _TIMEOUT = (10, 60)  # seconds to connect, and between two bytes
@@ -24,7 +25,7 @@ def fetch(url: str, folder: Path, md5: str | None = None, sha256: str | None = N
     A download that breaks off is taken up where it stopped, within this call and by the next one. Raises InputError
     when the address does not answer with the file, or when a checksum (lower-case hex) differs.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_cache_dir(folder)
     name = os.path.basename(urlsplit(url).path) or "download"
     # One entry per address and checksum: a new checksum asks for a new download.
     key = hashlib.sha256(f"{url}\n{md5}\n{sha256}".encode()).hexdigest()[:12]

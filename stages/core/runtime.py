@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from stages.core.errors import InputError
 from stages.core.params import Section
 
 Resident = Literal["auto"] | bool
@@ -52,3 +53,13 @@ def num_workers(runtime: RuntimeParams) -> int:
 def cache_dir(runtime: RuntimeParams) -> Path:
     """Absolute folder for downloads, outside the repository: clones and `--temp` runs share it."""
     return Path(runtime.cache_dir).expanduser().absolute()
+
+
+def make_cache_dir(folder: Path) -> None:
+    """Make a folder inside `runtime.cache_dir`; InputError when it cannot be made there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"params.yaml: runtime.cache_dir: {folder} cannot be made: {error.strerror}; name another folder"
+        ) from None

@@ -16,6 +16,7 @@ from tests.helpers import TINY
 
 _HERE = Path(__file__).parent
 _PATIENCE = 15.0  # seconds that processes get to end on their own
+_MARK = "DRIFTLINE_FAULTS"  # in the environment of all that the suite starts: the number of its process
 _found = pytest.StashKey[dict[str, dict[str, Any]]]()
 
 
@@ -56,6 +57,7 @@ def measured(record_property: Callable[[str, object], None]) -> Callable[[str], 
 @pytest.fixture(autouse=True)
 def no_orphans() -> Iterator[None]:
     """Fail a test that leaves a process of ours behind, and end that process."""
+    os.environ[_MARK] = str(os.getpid())
     before = set(_ours())
     yield
     deadline = time.monotonic() + _PATIENCE
@@ -68,15 +70,22 @@ def no_orphans() -> Iterator[None]:
 
 
 def _ours() -> list[psutil.Process]:
-    """Processes below this one, and those that lost their parent since and work in a folder of these tests."""
+    """Processes below this one, and those that lost their parent since: they still have our mark."""
     found = psutil.Process().children(recursive=True)
     for process in psutil.process_iter():
         try:
-            if process.ppid() == 1 and process.uids().real == os.getuid() and "/pytest-of-" in process.cwd():
+            if process.ppid() == 1 and process.environ().get(_MARK) == str(os.getpid()):
                 found.append(process)
         except psutil.Error:
             continue
-    return [process for process in found if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    return [process for process in found if _runs(process)]
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running()) and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def _describe(process: psutil.Process) -> str:
