@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from stages.core.augment import crop_and_resize
+from stages.core.errors import InputError
 from stages.core.image_statistics import image_statistics
 from stages.core.loader import normalise
 from stages.core.model import ModelSpec
@@ -107,6 +108,8 @@ class Extractor:
         batch = crop_and_resize(pixels, boxes, flips, self.spec.image_size, torch.float32)
         with self.policy.autocast(self.device):
             logits: Tensor = self.network(normalise(batch, self.spec.mean, self.spec.std))
+        if not logits.isfinite().all():
+            raise InputError("the classifier's outputs are not finite: the training run that made it diverged")
         return logits.float().cpu()
 
 
