@@ -45,9 +45,14 @@ class Params(Section):
 
 def main(params: Params) -> None:
     """Train, log every few steps and every epoch, save the averaged weights."""
-    # Imported here, because torch takes seconds: wrong params are refused before.
-    from stages.core import device, distributed
     from stages.core.stopping import stop_requests
+
+    # Imported here, because torch takes seconds: wrong params are refused before. An interrupt in the middle of its
+    # import comes out as some other error, so it waits.
+    with stop_requests() as early:
+        from stages.core import device, distributed
+    if early:
+        raise KeyboardInterrupt(early.reason, early.signal_number)
 
     num_processes = device.num_processes(params.runtime)
     if num_processes > 1 and not distributed.is_worker():

@@ -108,8 +108,8 @@ def page(cases: Sequence[Case], results: dict[str, Any]) -> str:
     when = " to ".join(dict.fromkeys((days[0], days[-1]))) if days else "never"
     lines = [
         _HEAD,
-        f"**{num_held} of {len(cases)} cases hold**, run in {seconds / 60:.0f} minutes on {os.cpu_count()} CPU cores "
-        f"without a GPU, {when}.",
+        f"**{num_held} of {len(cases)} cases hold** ({when}; on {os.cpu_count()} CPU cores without a GPU, their times "
+        f"add up to {seconds / 60:.0f} minutes).",
     ]
     for module, title in GROUPS.items():
         some = [(each, result) for each, result in zip(cases, found, strict=True) if each.module == module]

@@ -227,6 +227,7 @@ def test_another_owner(repository: Path) -> None:
     command = ("setpriv", "--bounding-set=-dac_override,-dac_read_search,-fowner")
     if shutil.which("setpriv") is None or subprocess.run([*command, "true"], capture_output=True).returncode != 0:
         pytest.skip("needs setpriv, and the right to use it")
+    repository.chmod(0o755)  # pytest closes its folders to others
     for path in (repository, *repository.rglob("*")):
         os.chown(path, 65534, 65534, follow_symlinks=False)
     ended = run(repository, *command, sys.executable, "-m", "stages.extract", check=False)
