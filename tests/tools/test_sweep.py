@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import psutil
 import pytest
 from ruamel.yaml import YAML
 
-from tests.helpers import run
+from tests.helpers import run, wait_until
 
 SPACE = ("train.lr=tag(log,interval(0.001,0.1))", "train.label_smoothing=choice(0.0,0.1)")
 COMMAND = ("python", "-m", "tools.sweep", *SPACE, "--target", "evaluate", "--study", "tiny", "--no-prune")
+_UP_TO_EVALUATE = ("--target", "evaluate")
 
 
 @pytest.mark.parametrize(
@@ -56,3 +58,48 @@ def test_a_sweep_is_taken_up_and_its_best_applied(repository: Path) -> None:
     applied = YAML(typ="safe").load((repository / "params.yaml").read_text())["train"]["lr"]
     assert applied != YAML(typ="safe").load(params.decode())["train"]["lr"]
     assert run(repository, "dvc", "status", "train", "evaluate").stdout.strip() == "Data and pipelines are up to date."
+
+
+@pytest.mark.slow
+def test_a_hopeless_trial_is_stopped_in_mid_run(repository: Path) -> None:
+    # With this seed the good rate comes first, so there is something to be worse than.
+    command = ("train.lr=choice(0.0000001,0.01)", "train.epochs=90", "--trials", "2", "--startup", "1", "--seed", "0")
+    said = run(repository, "python", "-m", "tools.sweep", *command, *_UP_TO_EVALUATE, "--study", "hopeless").stdout
+    assert _stages(repository) == []
+    assert "sweep: hopeless-1 is pruned after epoch" in said
+    assert said.rstrip().endswith("dvc exp apply hopeless-0")
+    good, hopeless = _trials(repository, "hopeless")
+    assert (good["train.lr"], good["state"], good["epochs"]) == ("0.01", "complete", "90")
+    assert (hopeless["train.lr"], hopeless["state"], hopeless["top1"]) == ("1e-07", "pruned", "")
+    assert 1 < int(hopeless["epochs"]) < 90
+    _is_tidy(repository, ["hopeless-0"])
+    assert "hopeless-1" not in run(repository, "dvc", "queue", "status").stdout
+
+
+def _trials(repository: Path, study: str) -> list[dict[str, str]]:
+    with (repository / f"sweeps/{study}/trials.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def _is_tidy(repository: Path, experiments: list[str]) -> None:
+    """Just these experiments are there, git sees no change, and no process or folder of a run is left."""
+    assert sorted(run(repository, "dvc", "exp", "list", "--name-only").stdout.split()) == experiments
+    assert run(repository, "git", "status", "--porcelain").stdout == ""
+    wait_until(lambda: _processes(repository) == [], 60, poll=0.5)  # dvc's daemons wait 10 seconds for more
+    assert list((repository / ".dvc/tmp/exps").glob("tmp*")) == []
+
+
+def _processes(repository: Path) -> list[list[str]]:
+    """Command lines of the processes that work somewhere in a repository."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if Path(process.cwd()).is_relative_to(repository) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.cmdline())
+        except psutil.Error:  # ended meanwhile, or not ours
+            continue
+    return found
+
+
+def _stages(repository: Path) -> list[list[str]]:
+    return [words for words in _processes(repository) if any(word.startswith("stages.") for word in words)]
