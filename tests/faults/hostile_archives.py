@@ -197,10 +197,10 @@ _CLASHES = {"train/cat/A.jpg": encoded(picture(1)), "train/cat/a.jpg": encoded(p
 _ACCENTS = {f"train/cat/{unicodedata.normalize(form, 'é')}.jpg": encoded(picture(3)) for form in ("NFC", "NFD")}
 
 ARCHIVES = [
-    Hostile("traversal", "A member named `../x` is refused.", _tar({"../evil.jpg": IMAGE}), _OUTSIDE),
-    Hostile("traversal inside", "`train/../../x` is refused.", _zip({"train/../../evil.jpg": IMAGE}), _OUTSIDE),
-    Hostile("absolute path", "A member named `/etc/x` is refused.", _tar({"/etc/evil.jpg": IMAGE}), _OUTSIDE),
-    Hostile("drive letter", "`C:/x` is refused.", _zip({"C:/evil.jpg": IMAGE}), _OUTSIDE),
+    Hostile("traversal", "A member named '../x' is refused.", _tar({"../evil.jpg": IMAGE}), _OUTSIDE),
+    Hostile("traversal inside", "'train/../../x' is refused.", _zip({"train/../../evil.jpg": IMAGE}), _OUTSIDE),
+    Hostile("absolute path", "A member named '/etc/x' is refused.", _tar({"/etc/evil.jpg": IMAGE}), _OUTSIDE),
+    Hostile("drive letter", "'C:/x' is refused.", _zip({"C:/evil.jpg": IMAGE}), _OUTSIDE),
     Hostile("backslashes", "`..\\x`, a way up on Windows, is refused.", _zip({"..\\evil.jpg": IMAGE}), _OUTSIDE),
     Hostile(
         "symbolic link", "A link to a file outside is refused.",
@@ -230,10 +230,10 @@ ARCHIVES = [
         _folder(lambda folder: os.mkfifo(folder / "train/cat/pipe.jpg")), "no regular file",
     ),
     Hostile("pipe as source", "A named pipe as `data.source` is refused; nobody waits for its writer.", _pipe, "no file or"),
-    Hostile("device as source", "`/dev/zero` as `data.source` is refused.", lambda _: Path("/dev/zero"), "no file or"),
+    Hostile("device as source", "'/dev/zero' as `data.source` is refused.", lambda _: Path("/dev/zero"), "no file or"),
     Hostile("duplicate in a zip", "A name that is there twice is refused.", _zip_twice, "is there 2 times"),
     Hostile(
-        "duplicate by another spelling", "`./train/cat/0.jpg` beside `train/cat/0.jpg` is refused as the same name.",
+        "duplicate by another spelling", "'./train/cat/0.jpg' beside 'train/cat/0.jpg' is refused as the same name.",
         _tar({"./train/cat/0.jpg": IMAGE}), "is there 2 times",
     ),
     Hostile("case clash", "`A.jpg` and `a.jpg` are two images, on every file system.", _tar(_CLASHES), None),
