@@ -51,11 +51,11 @@ repro: setup ## run the pipeline (what is stale of it) and show the numbers
 test: setup ## run the tests, but not the slow ones
 	python -m pytest -m "not slow"
 
-test-slow: setup ## run the slow tests: whole runs, faults, and the real images where they are at hand
-	python -m pytest -m slow
+test-slow: setup ## run the slow tests: whole runs, and the real images where they are at hand
+	python -m pytest -m "slow and not faults"
 
-test-faults: setup ## run the fault suite alone (docs/RELIABILITY.md)
-	python -m pytest -m faults
+test-faults: setup ## run the fault suite: kill, fill, starve and feed garbage (docs/RELIABILITY.md)
+	python -m pytest -m faults tests/faults
 
 lint: setup ## check style, format and types
 	ruff check .

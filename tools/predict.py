@@ -27,7 +27,7 @@ from stages.core import onnx_model
 from stages.core.errors import InputError, run_main
 from stages.core.output import write_text
 from stages.core.parallel import read_ahead
-from stages.core.production import ImageFile, Window, find_images, is_image_name, read_images
+from stages.core.production import ImageFile, Window, find_images, is_image_name, printable, read_images
 from stages.core.runtime import num_cpus
 from tools.predictions import FORMATS, Guess, Prediction
 
@@ -47,7 +47,7 @@ class _LeftOut:
     def add(self, name: str, reason: str) -> None:
         self.count += 1
         reason = reason.splitlines()[0].rstrip(":") if reason else "cannot be read"
-        print(f"predict: left out: {name}: {reason}", file=sys.stderr, flush=True)
+        print(f"predict: left out: {printable(f'{name}: {reason}')}", file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,6 +8,8 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+from stages.core.production import printable
+
 
 class Guess(NamedTuple):
     """A class, and how probable the model takes it to be."""
@@ -47,7 +49,10 @@ def as_table(predictions: Iterable[Prediction]) -> Iterator[str]:
     """Aligned columns for a reader, when all predictions are made."""
     rows = [("path", "class", "probability")]
     for path, guesses in predictions:
-        rows += [(path if first else "", guess.name, f"{guess.probability:.3f}") for first, guess in _firsts(guesses)]
+        rows += [
+            (printable(path) if first else "", guess.name, f"{guess.probability:.3f}")
+            for first, guess in _firsts(guesses)
+        ]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     for path, name, probability in rows:
         yield f"{path:{widths[0]}}  {name:{widths[1]}}  {probability:>11}\n"

@@ -1,4 +1,4 @@
-"""Hostile images through extract, preprocess and the monitor, each in a process that they could crash."""
+"""Hostile images through extract, preprocess, the monitor and predict, in processes that they could crash."""
 
 from __future__ import annotations
 
@@ -59,15 +59,32 @@ def packed_images(tmp_path_factory: pytest.TempPathFactory) -> Packed:
 
 
 @pytest.fixture(scope="session")
-def monitored(finished_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The report of one run of the monitor over all of them."""
-    folder = tmp_path_factory.mktemp("production")
+def production(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all of them, and good ones with odd names."""
+    folder = tmp_path_factory.mktemp("production") / "images"
     good = {f"good-{number}.png": encoded(picture(number), "PNG") for number in range(8)}
     write_files(folder, good | {each.file: each.content() for each in IMAGES})
     Path(os.fsdecode(os.fsencode(folder) + b"/\xff\xfe.jpg")).write_bytes(good["good-0.png"])
     (folder / "\x1b[2J.jpg").write_bytes(good["good-1.png"])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def predicted(finished_repository: Path, production: Path) -> tuple[set[str], str]:
+    """File names that one run of predict over all of them has a class for, and what it said on stderr."""
+    ended = run(finished_repository, "python", "-m", "tools.predict", str(production), "--format", "json", check=False)
+    assert ended.returncode == 1, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "\x1b" not in ended.stderr
+    return {Path(row["path"]).name for row in json.loads(ended.stdout)}, ended.stderr
+
+
+@pytest.fixture(scope="session")
+def monitored(finished_repository: Path, production: Path) -> dict[str, Any]:
+    """The report of one run of the monitor over all of them."""
+    folder = production.parent
     ended = run(
-        finished_repository, "python", "-m", "tools.monitor", str(folder), "--json", str(folder / "report.json"),
+        finished_repository, "python", "-m", "tools.monitor", str(production), "--json", str(folder / "report.json"),
         "--html", str(folder / "report.html"), "--top", "1000", check=False,
     )  # fmt: skip
     assert ended.returncode in (0, 10, 20), ended.stderr
@@ -95,12 +112,15 @@ def run_preprocess() -> None:
     "hostile", [pytest.param(each, marks=case(each.name, each.promise), id=each.name) for each in IMAGES]
 )
 def test_a_hostile_image(
-    hostile: HostileImage, packed_images: Packed, monitored: dict[str, Any], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    hostile: HostileImage, packed_images: Packed, monitored: dict[str, Any], predicted: tuple[set[str], str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     left_out = {Path(each["path"]).name: each["reason"] for each in monitored["skipped"]}
     seen = {Path(each["path"]).name for each in monitored["images"]}
     assert (hostile.file in left_out) != (hostile.file in seen)
+    names, said = predicted
+    assert (hostile.file in names) == (hostile.file in seen)
+    assert (f"/{hostile.file}: " in said) == (hostile.file in left_out)
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     good = image_files(num_train=2, num_val=1)
@@ -128,14 +148,17 @@ def test_a_hostile_image(
         assert np.abs(corner.astype(int) - hostile.ends).max() <= 12
 
 
-@case("name not UTF-8", "Extract refuses it; the monitor takes the image, its name shown with a mark.")
-def test_a_name_that_is_not_utf8(monitored: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@case("name not UTF-8", "Extract refuses it; monitor and predict take the image, its name shown with a mark.")
+def test_a_name_that_is_not_utf8(
+    monitored: dict[str, Any], predicted: tuple[set[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     source = write_files(tmp_path / "set", image_files(num_train=2, num_val=1))
     Path(os.fsdecode(os.fsencode(source) + b"/train/cat/\xff\xfe.jpg")).write_bytes(encoded(picture()))
     with pytest.raises(InputError, match="not UTF-8"):
         run_extract(source)
     assert any("�" in each["path"] for each in monitored["images"])
+    assert any("�" in name for name in predicted[0])
 
 
 @case("terminal escapes in a name", "What the monitor prints cannot steer a terminal; its JSON has the true name.")
