@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ _TASKS = Path(".dvc/tmp/exps/run")
 _DAEMONS = Path(".dvc/tmp/exps/celery")
 _FAILED, _CANCELED, _FINISHED = 4, 5, 6  # dvc.repo.experiments.executor.base.TaskStatus; 2 is running
 
-State = Literal["waiting", "running", "succeeded", "failed"]
+State = Literal["waiting", "running", "succeeded", "failed", "lost"]  # lost: killed together with its daemon
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def look(name: str) -> Task:
     elif info["status"] in (_FAILED, _CANCELED) or _returned(path.with_suffix(".json")):
         state = "failed"
     elif process and _returned(path.with_suffix(".json")) is None and not psutil.pid_exists(process["pid"]):
-        state = "failed"  # killed together with its daemon
+        state = "lost"
     return Task(state, Path(info["root_dir"]), process.get("pid"), path.with_suffix(".out"))
 
 
@@ -81,8 +82,10 @@ def listed() -> dict[str, str]:
     return dict(rows)
 
 
-def stop(name: str) -> bool:
+def stop(name: str, kill: bool = False) -> bool:
     """Ask the running stage of an experiment to stop, which makes the experiment fail; whether one was there to ask.
+
+    `kill`: do not ask.
 
     Not `dvc queue kill`: it interrupts the whole process group, and so ends the daemon too, which then takes no further
     task.
@@ -91,7 +94,7 @@ def stop(name: str) -> bool:
     try:
         children = psutil.Process(process).children(recursive=True) if process else []
         for child in children:
-            child.terminate()
+            child.kill() if kill else child.terminate()
     except psutil.NoSuchProcess:
         return False
     return bool(children)
@@ -100,7 +103,15 @@ def stop(name: str) -> bool:
 def remove(names: Sequence[str]) -> None:
     """Take experiments off the queue, waiting or failed; results of those that succeeded are untouched."""
     if names:
-        _dvc("queue", "remove", *names, check=False)
+        there = [name for name, state in listed().items() if name in names and state in ("Queued", "Failed")]
+        if there:  # dvc removes none when it misses one
+            _dvc("queue", "remove", *there, check=False)
+
+
+def clear(name: str) -> None:
+    """Remove the folder that an experiment ran in, which stays behind when its dvc was killed."""
+    if (folder := look(name).folder) is not None:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def reason(log: Path | None) -> str:

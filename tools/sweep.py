@@ -8,7 +8,8 @@ epoch is stopped. Every trial is a DVC experiment; the study is kept in sweeps/N
 It ends with a table (trials.csv), a picture (study.png) and the command that applies the best. docs/EXPERIMENTS.md
 explains.
 
-Exit status: 0 there is a best trial; 1 no trial has a result; 2 bad input; 130 interrupted (trials are stopped).
+Exit status: 0 there is a best trial; 1 no trial has a result; 2 bad input; 130 interrupted, 143
+terminated (trials are stopped).
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ _SMALLER_IS_BETTER = ("loss", "nll", "ece", "error", "ms", "seconds", "memory")
 _POLL_SECONDS = 1.0
 _NUDGE_SECONDS = 20.0  # a task that still waits: the last daemon may have ended just when it came
 _STOP_SECONDS = 120.0  # for stages to save and end
+_KILL_SECONDS = 20.0  # and then, for dvc to see that they were killed
 
 
 @dataclass
@@ -99,10 +101,12 @@ class Sweep:
             name for name, state in dvc_queue.listed().items() if state in ("Queued", "Running")
         }
         for trial in left:
-            if (name := experiment_name(self.name, trial)) in known:
+            name = experiment_name(self.name, trial)
+            if name in known and dvc_queue.look(name).state != "lost":  # dvc lists it as running
                 print(f"sweep: {name} was left running and is taken up", flush=True)
                 run = Run(trial, name, trial.user_attrs.get("slot", 0), _content(self.epochs))
                 run.num_epochs = len(self.study.trials[trial.number].intermediate_values)
+                run.pruned = trial.user_attrs.get("pruned", False)
                 self.active.append(run)
             else:
                 print(f"sweep: {name} was broken off and is tried again", flush=True)
@@ -162,11 +166,14 @@ class Sweep:
             )
             self.study.tell(run.trial, value)
             print(f"sweep: {run.name} ended: {self.metric_key[-1]} {value:.4f}", flush=True)
-        elif task.state == "failed" and run.pruned:
+        elif task.state in ("failed", "lost") and run.pruned:
             self.study.tell(run.trial, state=TrialState.PRUNED)
         elif task.state == "failed":
             studies.give_up(self.study, run.trial, reason := dvc_queue.reason(task.log))
             print(f"sweep: {run.name} failed: {reason}", flush=True)
+        elif task.state == "lost":
+            studies.give_up(self.study, run.trial, "its dvc was killed", again=True)
+            print(f"sweep: {run.name}: its dvc was killed; it is tried again", flush=True)
         elif time.monotonic() - run.nudged > _NUDGE_SECONDS and (task.state == "waiting" or run.pruned):
             run.nudged = time.monotonic()
             if run.pruned:
@@ -175,7 +182,7 @@ class Sweep:
                 dvc_queue.start_workers(self.arguments.workers, trust=False)
         elif task.state == "running" and task.folder is not None and not run.pruned:
             self._report_epochs(run, task.folder)
-        return task.state in ("succeeded", "failed")
+        return task.state in ("succeeded", "failed", "lost")
 
     def _report_epochs(self, run: Run, folder: Path) -> None:
         content = _content(folder / self.epochs)
@@ -187,6 +194,7 @@ class Sweep:
             if self.arguments.prune and run.trial.should_prune():
                 print(f"sweep: {run.name} is pruned after epoch {epoch + 1} ({value:.4f})", flush=True)
                 run.pruned, run.nudged = True, time.monotonic()
+                run.trial.set_user_attr("pruned", True)
                 dvc_queue.stop(run.name)
                 return
 
@@ -194,23 +202,35 @@ class Sweep:
         """End what is running; it is tried again by the next call, from its checkpoint."""
         if self.active:
             print(f"sweep: stopping {', '.join(run.name for run in self.active)}", flush=True)
-        dvc_queue.remove([run.name for run in self.active if dvc_queue.look(run.name).state == "waiting"])
-        deadline = time.monotonic() + _STOP_SECONDS
+        start = time.monotonic()
         asked: set[str] = set()
-        while time.monotonic() < deadline:
-            running = [run for run in self.active if dvc_queue.look(run.name).state == "running"]
-            for run in running:
+        while (going_on := self._going_on()) and time.monotonic() - start < _STOP_SECONDS + _KILL_SECONDS:
+            late = time.monotonic() - start > _STOP_SECONDS
+            for name in going_on:
                 # Once: a stage may take a while to save.
-                if run.name not in asked and dvc_queue.stop(run.name):
-                    asked.add(run.name)
-            if not running:
-                break
+                if (late or name not in asked) and dvc_queue.stop(name, kill=late):
+                    asked.add(name)
             time.sleep(_POLL_SECONDS)
         for run in self.active:
             if not self._is_told(run):
                 studies.give_up(self.study, run.trial, "the sweep was interrupted", again=True)
         dvc_queue.remove([run.name for run in self.active])
         self.active = []
+
+    def _going_on(self) -> list[str]:
+        """The experiments of ours that run, those that wait taken off the queue.
+
+        A daemon that has just taken one makes its folder first: only dvc, which is slow to ask, knows that it runs.
+        """
+        states = {run.name: dvc_queue.look(run.name).state for run in self.active}
+        running = [name for name, state in states.items() if state == "running"]
+        waiting = [name for name, state in states.items() if state == "waiting"]
+        if running or not waiting:
+            return running
+        dvc_queue.remove(waiting)
+        return [
+            name for name, state in dvc_queue.listed().items() if name in waiting and state in ("Queued", "Running")
+        ]
 
     def _is_told(self, run: Run) -> bool:
         """Whether it had ended on its own when we came to stop it."""
@@ -220,8 +240,10 @@ class Sweep:
         """Print and write the table and the picture; 1 when no trial has a result."""
         trials = self.study.get_trials(deepcopy=False)
         folder = studies.FOLDER / self.name
-        pruned = [experiment_name(self.name, t) for t in trials if t.state is TrialState.PRUNED]
-        dvc_queue.remove([name for name, state in dvc_queue.listed().items() if name in pruned and state == "Failed"])
+        dvc_queue.remove([experiment_name(self.name, t) for t in trials if t.state is TrialState.PRUNED])
+        for trial in trials:
+            if trial.user_attrs.get("interrupted"):
+                dvc_queue.clear(experiment_name(self.name, trial))
         metric, direction = self.metric_key[-1], self.question.direction
         print(study_report.table(trials, self.name, metric))
         if not trials:

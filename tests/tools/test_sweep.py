@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import signal
 from pathlib import Path
 
 import psutil
 import pytest
 from ruamel.yaml import YAML
 
-from tests.helpers import run, wait_until
+from tests.helpers import run, start, step_reached, wait_until
 
 SPACE = ("train.lr=tag(log,interval(0.001,0.1))", "train.label_smoothing=choice(0.0,0.1)")
 COMMAND = ("python", "-m", "tools.sweep", *SPACE, "--target", "evaluate", "--study", "tiny", "--no-prune")
@@ -76,6 +77,96 @@ def test_a_hopeless_trial_is_stopped_in_mid_run(repository: Path) -> None:
     assert "hopeless-1" not in run(repository, "dvc", "queue", "status").stdout
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["the sweep", "all of it"])
+def test_a_sweep_killed_in_mid_trial_goes_on(killed: str, repository: Path) -> None:
+    params = (repository / "params.yaml").read_bytes()
+    command = _long_trials("killed")
+    sweep = start(repository, *command)
+    wait_until(lambda: _step(repository) > 3, 300)
+    sweep.kill()
+    sweep.communicate()
+    if killed == "all of it":  # as when the machine goes down, but that the stage sees its dvc gone, and saves
+        for process in _processes(repository):
+            if not _is_stage(process):
+                process.kill()
+    said = run(repository, *command).stdout
+    if killed == "the sweep":
+        assert "sweep: killed-0 was left running and is taken up" in said
+        names = ["killed-0", "killed-1"]
+    else:
+        assert "sweep: killed-0 was broken off and is tried again" in said
+        names = ["killed-1", "killed-2"]
+    trials = _trials(repository, "killed")
+    assert [trial["experiment"] for trial in trials if trial["state"] == "complete"] == names
+    assert all(trial["state"] == "interrupted" for trial in trials if trial["experiment"] not in names)
+    assert len({trial["train.lr"] for trial in trials}) == 2
+    assert (repository / "params.yaml").read_bytes() == params
+    _is_tidy(repository, names)
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_asked_to_stop_stops_its_trials_and_goes_on_later(repository: Path) -> None:
+    params = (repository / "params.yaml").read_bytes()
+    command = _long_trials("asked")
+    # once while dvc makes the trial's folder, once in mid-training
+    for number, moment in enumerate((lambda: len(_folders(repository)) > 0, lambda: _step(repository) > 3)):
+        sweep = start(repository, *command)
+        wait_until(moment, 300)
+        sweep.send_signal(signal.SIGTERM)
+        said, _ = sweep.communicate(timeout=140)
+        assert sweep.returncode == 143
+        assert f"sweep: stopping asked-{number}\n" in said
+        assert "stopped by SIGTERM; run the same command again, and the study goes on" in said
+        assert _stages(repository) == []
+    said = run(repository, *command).stdout
+    assert [(trial["experiment"], trial["state"]) for trial in _trials(repository, "asked")] == [
+        ("asked-0", "interrupted"),
+        ("asked-1", "interrupted"),
+        ("asked-2", "complete"),
+        ("asked-3", "complete"),
+    ]
+    logs = "".join(path.read_text() for path in (repository / ".dvc/tmp/exps/run").glob("*/*.out"))
+    assert logs.count("train: goes on after step ") == 1
+    assert (repository / "params.yaml").read_bytes() == params
+    _is_tidy(repository, ["asked-2", "asked-3"])
+
+
+@pytest.mark.slow
+def test_a_trial_that_fails_costs_only_itself(repository: Path) -> None:
+    command = ("python", "-m", "tools.sweep", "train.optimizer=sgd", "train.precision=fp32", *_UP_TO_EVALUATE)
+    # With this seed the bad rate comes first.
+    some = ("train.lr=choice(0.01,100000.0)", "--trials", "2", "--seed", "0", "--study", "some")
+    said = run(repository, *command, *some).stdout
+    assert said.rstrip().endswith("dvc exp apply some-1")
+    bad, good = _trials(repository, "some")
+    assert (bad["train.lr"], bad["state"], bad["top1"]) == ("100000.0", "failed", "")
+    assert "the run diverged; lower train.lr" in bad["reason"]
+    assert (good["train.lr"], good["state"]) == ("0.01", "complete")
+    every = run(
+        repository, *command, "train.lr=choice(100000.0,200000.0)", "--trials", "1", "--study", "every", check=False
+    )
+    assert every.returncode == 1
+    assert "the run diverged; lower train.lr" in every.stdout
+    assert every.stdout.rstrip().endswith("sweep: no trial has a result; the reasons are in the table above")
+    assert every.stderr == ""
+    _is_tidy(repository, ["some-1"])
+
+
+def _long_trials(study: str) -> tuple[str, ...]:
+    space = ("train.lr=interval(0.005,0.02)", "train.epochs=60")
+    return ("python", "-m", "tools.sweep", *space, *_UP_TO_EVALUATE, "--study", study, "--trials", "2", "--no-prune")
+
+
+def _folders(repository: Path) -> list[Path]:
+    return list((repository / ".dvc/tmp/exps").glob("tmp*"))
+
+
+def _step(repository: Path) -> int:
+    """How far a trial is that runs: the workspace's own record, which its folder begins with, is of 6 steps."""
+    return max((step for step in map(step_reached, _folders(repository)) if step != 6), default=0)
+
+
 def _trials(repository: Path, study: str) -> list[dict[str, str]]:
     with (repository / f"sweeps/{study}/trials.csv").open() as file:
         return list(csv.DictReader(file))
@@ -86,20 +177,27 @@ def _is_tidy(repository: Path, experiments: list[str]) -> None:
     assert sorted(run(repository, "dvc", "exp", "list", "--name-only").stdout.split()) == experiments
     assert run(repository, "git", "status", "--porcelain").stdout == ""
     wait_until(lambda: _processes(repository) == [], 60, poll=0.5)  # dvc's daemons wait 10 seconds for more
-    assert list((repository / ".dvc/tmp/exps").glob("tmp*")) == []
+    assert _folders(repository) == []
 
 
-def _processes(repository: Path) -> list[list[str]]:
-    """Command lines of the processes that work somewhere in a repository."""
+def _processes(repository: Path) -> list[psutil.Process]:
+    """The processes that work somewhere in a repository."""
     found = []
     for process in psutil.process_iter():
         try:
             if Path(process.cwd()).is_relative_to(repository) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process.cmdline())
+                found.append(process)
         except psutil.Error:  # ended meanwhile, or not ours
             continue
     return found
 
 
-def _stages(repository: Path) -> list[list[str]]:
-    return [words for words in _processes(repository) if any(word.startswith("stages.") for word in words)]
+def _stages(repository: Path) -> list[psutil.Process]:
+    return [process for process in _processes(repository) if _is_stage(process)]
+
+
+def _is_stage(process: psutil.Process) -> bool:
+    try:
+        return any(word.startswith("stages.") for word in process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
