@@ -90,10 +90,10 @@ def main(params: Params) -> None:
             speeds["torch_bf16"] = _timed(torch_logits("bf16"), _first(split, _TIMED_BATCHES * _BATCH_SIZE))[1]
         num_different = int((expected.argmax(axis=1) != logits.argmax(axis=1)).sum())
         results = {
-            "num_images": len(split.labels),
+            "num_compared": len(split.labels),
             "num_different": num_different,
             "largest_difference": float(f"{largest:.1e}"),
-            "top1": round(float((logits.argmax(axis=1) == split.labels).mean()), 6),
+            "onnx_top1": round(float((logits.argmax(axis=1) == split.labels).mean()), 6),
             "size_mb": round(size_mb, 3),
         }
         write_json(METRICS, results)

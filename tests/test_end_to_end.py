@@ -101,6 +101,7 @@ def test_a_temporary_run_leaves_the_workspace_alone(repository: Path) -> None:
     assert "other-seed" in run(repository, "dvc", "exp", "list", "--name-only").stdout
 
 
+@pytest.mark.slow
 def test_a_queue_runs_every_combination(repository: Path) -> None:
     run(repository, "dvc", "exp", "run", "--queue", "-S", "train.lr=0.001,0.002")
     assert run(repository, "dvc", "queue", "status").stdout.count("Queued") == 2
@@ -117,6 +118,7 @@ def test_a_queue_runs_every_combination(repository: Path) -> None:
     assert is_clean(repository)
 
 
+@pytest.mark.slow
 def test_a_repository_without_commits(make_repository: Callable[..., Path]) -> None:
     repository = make_repository(commit=False)
     assert stages_run(run(repository, "dvc", "repro").stdout) == STAGES

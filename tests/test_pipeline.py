@@ -167,3 +167,10 @@ def test_metrics_plots_and_artifacts_exist_after_a_run(finished_repository: Path
         assert artifact["type"]
         assert artifact["desc"]
         assert artifact["labels"]
+
+
+def test_no_two_metrics_files_have_a_key_in_common(finished_repository: Path) -> None:
+    """`dvc exp show` would put the file's name before both."""
+    shown = json.loads(run(finished_repository, "dvc", "metrics", "show", "--json").stdout)[""]["data"]
+    keys = [key for path, content in shown.items() for key in content["data"] if "train" not in path]
+    assert len(keys) == len(set(keys)) > 10

@@ -81,6 +81,7 @@ def test_two_processes_equal_one(prepared: Path) -> None:
     check_equal(prepared, *expected)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_job_which_goes_on_to_the_same_bytes(prepared: Path) -> None:
     overrides = {"train__epochs": 20, "runtime__processes": 2, "runtime__checkpoint_steps": 5}
     finish(train(prepared, **overrides))
