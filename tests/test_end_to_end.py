@@ -53,6 +53,7 @@ def test_a_forced_run_gives_the_same_lock(repository: Path) -> None:
     assert is_clean(repository)
 
 
+@pytest.mark.slow
 def test_a_new_clone_makes_the_same_outputs(repository: Path, tmp_path: Path) -> None:
     run(tmp_path, "git", "clone", "-q", str(repository), "clone")
     # evaluate need not run: its outputs are in git, and the model is the same to the bit
@@ -94,6 +95,7 @@ def test_changing_the_runtime_reruns_the_profile_only(repository: Path) -> None:
     assert stages_run(run(repository, "dvc", "repro").stdout) == ["profile"]
 
 
+@pytest.mark.slow
 def test_a_temporary_run_leaves_the_workspace_alone(repository: Path) -> None:
     output = run(repository, "dvc", "exp", "run", "--temp", "-S", "train.seed=1", "-n", "other-seed").stdout
     assert stages_run(output) == ["train", "evaluate", "profile", "drift", "export"]
