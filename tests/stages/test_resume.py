@@ -81,7 +81,7 @@ def check_kills(folder: Path, steps: list[int]) -> None:
     for i, step in enumerate(steps):
         set_params(folder / "params.yaml", {"runtime.workers": i % 3})
         kill_at(step, folder, then=generator.uniform(0, 0.03))
-        assert len(checkpoints(folder)) <= 2
+        assert len(checkpoints(folder)) <= 3, "two, or a third that was written when the kill came"
         set_params(folder / "params.yaml", {"runtime.workers": (i + 1) % 3})
         output = finish(train(folder))
         assert re.search(r"train: goes on after step \d+ of 36", output), "started over"
