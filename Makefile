@@ -149,5 +149,5 @@ docker-folders:
 	  || { echo "make: HOST_SERVICE_ACCOUNT_KEY_PATH: $(HOST_SERVICE_ACCOUNT_KEY_PATH) is no file" >&2; exit 2; }
 
 clean: ## remove the virtual environment and everything that the pipeline made (not DVC's cache)
-	rm -rf $(VENV) data models dvc_plots benchmarks report metrics/profile.json metrics/export_speed.json .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) data models dvc_plots benchmarks report metrics/profile.json metrics/export_speed.json .hypothesis .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
