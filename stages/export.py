@@ -15,9 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.core.errors import InputError, run_main
+from stages.core.errors import InputError
 from stages.core.params import Section, load_params
 from stages.core.runtime import RuntimeParams, num_threads
+from stages.core.stopping import run_stage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -152,4 +153,4 @@ def _check(expected: NDArray[np.float32], logits: NDArray[np.float32], architect
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(load_params(Params)), "export")
+    run_stage(lambda: main(load_params(Params)), "export")

@@ -67,6 +67,8 @@ def export(network: nn.Module, spec: OnnxSpec, path: Path) -> None:
                 output_names=[OUTPUT],
                 dynamic_axes={INPUT: {0: "N"}, OUTPUT: {0: "N"}},
             )
+    except OSError:  # the disk's fault, not the network's
+        raise
     except Exception as error:  # of an operator that it does not know: TypeError, IndexError and others, too
         reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
         raise InputError(
