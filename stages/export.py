@@ -142,6 +142,8 @@ def _check(expected: NDArray[np.float32], logits: NDArray[np.float32], architect
     """The largest difference; InputError when it is more than rounding explains."""
     import numpy as np
 
+    if not np.isfinite(expected).all():
+        raise InputError("the classifier's outputs are not finite: the training run that made it diverged")
     largest = float(np.abs(expected - logits).max())
     scale = max(1.0, float(np.abs(expected).max()))
     if not largest <= _TOLERANCE * scale:  # NaN, too

@@ -43,7 +43,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
     for name, value in report.user_properties:
         if name == "measured":
             result["measured"] = value
-    cache = item.config.cache
+    cache = getattr(item.config, "cache", None)  # missing with -p no:cacheprovider
     if report.when == "teardown" and cache is not None:  # at once: a run that is cut short keeps what it found
         cache.set(RESULTS, cache.get(RESULTS, {}) | item.config.stash[_found])
 

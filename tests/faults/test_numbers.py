@@ -18,7 +18,7 @@ from tests.helpers import image_files, run, set_params, write_files
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
-USERS = ("train", "evaluate", "profile", "drift")  # of the packed arrays
+USERS = ("train", "evaluate", "profile", "drift", "export")  # of the packed arrays
 
 
 def run_stage(repository: Path, stage: str) -> subprocess.CompletedProcess[str]:
@@ -146,7 +146,7 @@ def test_a_rate_that_diverges(optimizer: str, repository: Path) -> None:
     "stage",
     [
         pytest.param(name, marks=case(f"NaN weights: {name}", "Refused: NaN is never reported."), id=name)
-        for name in ("evaluate", "drift")
+        for name in ("evaluate", "drift", "export")
     ],
 )
 def test_weights_that_are_not_numbers(stage: str, repository: Path) -> None:

@@ -146,6 +146,7 @@ PROCESSES: dict[str, dict[str, Any]] = {
     "evaluate": {"evaluate.num_bins": -3},
     "profile": {"profile.active": True},
     "drift": {"drift.alpha": 1.5},
+    "export": {"runtime.threads": "many"},
 }
 
 

@@ -21,7 +21,7 @@ from tests.helpers import ROOT, files, run, set_params, start, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
-STAGES = ("extract", "preprocess", "train", "evaluate", "profile", "drift")
+STAGES = ("extract", "preprocess", "train", "evaluate", "profile", "drift", "export")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 TARGETS = ("stage", "dvc", "group")
 # What Python itself says of Ctrl-C while a stage is being imported.

@@ -29,6 +29,7 @@ OUTPUTS = {
     "evaluate": ["plots/evaluate", "metrics/evaluate.json"],
     "profile": ["data/profile/operators.csv"],
     "drift": ["models/drift", "plots/drift", "metrics/drift.json"],
+    "export": ["models/onnx", "metrics/export.json"],
 }
 
 
