@@ -80,7 +80,7 @@ def main(as_json: bool) -> int:
     if as_json:
         print(json.dumps([{"name": name, **dataclasses.asdict(finding)} for name, finding in findings], indent=2))
     else:
-        print(f"doctor: {len(findings)} checks, {failures} failed, {warnings} warnings")
+        print(f"doctor: {len(findings)} checks, {failures} failed, {warnings} to look at")
     return 1 if failures else 0
 
 

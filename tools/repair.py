@@ -177,8 +177,7 @@ def _run_again(stage: str, broken: set[str], aside: Path) -> str:
             _keep(state, aside)
     _say(f"no copy is left: {stage} runs again")
     command = [sys.executable, "-m", "dvc", "repro", "--force", "--single-item", stage]
-    variables = {name: value for name, value in environment().items() if name != "GDRIVE_CREDENTIALS_DATA"}
-    if subprocess.run(command, env=variables, stdout=2).returncode:  # noqa: S603  # stdout is for the result
+    if subprocess.run(command, env=environment(), stdout=2).returncode:  # noqa: S603  # stdout is for the result
         return f"{stage} failed; see above"
     with Repo() as repo:
         after = {str(out): out.hash_info.value for out in repo.index.outs}

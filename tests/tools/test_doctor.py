@@ -117,7 +117,7 @@ def test_a_good_set_up_passes_and_json_says_the_same(
     assert [line.split()[1] for line in lines[:-1]] == list(doctor.CHECKS)
     not_ok = {line.split()[1] for line in lines[:-1] if not line.startswith("ok    ")}
     assert {"dvc.lock"} <= not_ok <= {"dvc.lock", "threads", "gpu", "bf16"}, result.stdout
-    assert lines[-1] == f"doctor: {len(doctor.CHECKS)} checks, 0 failed, {len(not_ok)} warnings"
+    assert lines[-1] == f"doctor: {len(doctor.CHECKS)} checks, 0 failed, {len(not_ok)} to look at"
     assert run(here, "git", "status", "--porcelain").stdout == ""  # nothing was changed
     monkeypatch.setattr(doctor, "CHECKS", dict(list(doctor.CHECKS.items())[:3]))
     assert doctor.main(as_json=True) == 0
@@ -138,7 +138,7 @@ def test_failures_are_counted_and_end_with_1(
     assert said[0].startswith("FAIL  params     params.yaml: runtime.threads")
     assert said[1].startswith("ok    git ")
     assert said[2].startswith("warn  threads    cannot be checked (params.yaml is refused)  ->  mend params.yaml first")
-    assert said[3] == "doctor: 3 checks, 1 failed, 1 warnings"
+    assert said[3] == "doctor: 3 checks, 1 failed, 1 to look at"
 
 
 def test_outside_of_a_repository_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,7 +429,7 @@ def test_a_disk_that_is_too_small(small: Path, here: Path, monkeypatch: pytest.M
 
 
 def test_remotes_that_are_folders(small: Path, tmp_path: Path) -> None:
-    finds(storage.remote(), "warn", "there is no default remote", "dvc remote add --default storage /path/to/folder")
+    finds(storage.remote(), "warn", "there is no default remote", "make remote-local")
     type_in(f"dvc remote add storage {tmp_path / 'storage'}")
     found = storage.remote()
     finds(found, "warn", "there is no default remote", "dvc remote default storage")

@@ -87,12 +87,10 @@ def remote() -> Finding:
         config = repo.config
         name = config["core"].get("remote")
         if not name:
-            verb = "remote-local:" in (Path("Makefile").read_text() if Path("Makefile").is_file() else "")
-            add = "make remote-local" if verb else "dvc remote add --default storage /path/to/folder"
             known = sorted(one for one, found in config["remote"].items() if found["url"] != _PLACEHOLDER)
             return warn(
                 "there is no default remote for `dvc push` and `dvc pull`",
-                f"dvc remote default {known[0]}" if known else add,
+                f"dvc remote default {known[0]}" if known else "make remote-local",
             )
         if name not in config["remote"]:
             return fail(f"the default remote {name} is not configured", f"dvc remote add {name} /path/to/folder")
