@@ -52,7 +52,7 @@ class PlainLoop:
         )
         self._num_ahead = _PREFETCH * num_workers
         self._batches = self._endless()
-        self._batch_size = params.batch_size
+        self._batch_size, self._image_size = params.batch_size, params.image_size
         self._device = device
         self._model = timm.create_model(architecture, pretrained=False, num_classes=len(images.classes)).to(device)
         self._loss = nn.CrossEntropyLoss()
@@ -68,6 +68,34 @@ class PlainLoop:
                 self._step()
             synchronize(self._device)
         return num_steps * self._batch_size / (time.perf_counter() - start)
+
+    def fit(self, num_epochs: int) -> None:
+        """Train for whole epochs, the learning rate falling to 0 on a cosine."""
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, num_epochs * len(self._loader))
+        with _ordinary_algorithms():
+            for number in range(1, num_epochs + 1):
+                for _ in range(len(self._loader)):
+                    self._step()
+                    schedule.step()
+                print(f"plain loop: epoch {number}/{num_epochs}", flush=True)
+
+    @torch.inference_mode()
+    def accuracy(self, folder: Path) -> float:
+        """Top-1 share of the images of another folder, squeezed to the size of the network's input."""
+        size = self._image_size
+        transform = transforms.Compose(
+            [transforms.Resize((size, size)), transforms.ToTensor(), transforms.Normalize(_MEAN, _STD)]
+        )
+        images = ImageFolder(str(folder), transform)
+        loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
+            images, batch_size=self._batch_size, num_workers=self._loader.num_workers
+        )
+        self._model.eval()
+        right = sum(
+            int((self._model(batch.to(self._device)).argmax(dim=1).cpu() == labels).sum()) for batch, labels in loader
+        )
+        self._model.train()
+        return right / len(images)
 
     def load(self, num_steps: int) -> float:
         """Images per second of the loader alone, when the batches that it had ready are used up."""

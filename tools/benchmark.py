@@ -26,10 +26,12 @@ from stages.core.errors import InputError, run_main
 from stages.core.params import Section, load_params
 from stages.core.recipe import ModelParams, TrainParams
 from stages.core.runtime import RuntimeParams, num_cpus, num_threads
+from tools.report.machine import cpu_name
 
 if TYPE_CHECKING:
     from tools.measurements import Setup
 
+PLAIN_RECIPE = {"optimizer": "adamw", "lr": 0.001, "weight_decay": 0.05}  # of the plain loop
 PARTS = ("train", "preprocess", "loader", "compute", "dvc")
 
 
@@ -81,7 +83,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     from tools import measurements
 
-    with _temporary_directory():
+    with temporary_directory():
         setup = _setup(arguments, params, data, root)
         if parts != ["dvc"]:
             setup.prepare()
@@ -163,9 +165,7 @@ def _setup(arguments: argparse.Namespace, params: Params, data: Path | None, roo
         "batch_size": batch_size,
         "grad_accumulation": 1,
         "progressive": None,
-        "optimizer": "adamw",  # the plain loop's
-        "lr": 0.001,
-        "weight_decay": 0.05,
+        **PLAIN_RECIPE,
     }
     sample = {
         "train_images": 5 * batch_size if arguments.quick else 16 * batch_size,
@@ -200,11 +200,9 @@ def _machine(setup: Setup) -> dict[str, Any]:
 
     from stages.core.precision import resolve
 
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     where = setup.device
     return {
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": cpu_name(),
         "num_cpus": num_cpus(),
         "threads": num_threads(setup.runtime),
         "device": torch.cuda.get_device_name(where) if where.type == "cuda" else where.type,
@@ -215,7 +213,7 @@ def _machine(setup: Setup) -> dict[str, Any]:
 
 
 @contextmanager
-def _temporary_directory() -> Iterator[None]:
+def temporary_directory() -> Iterator[None]:
     """Work in a folder that is removed at the end."""
     before = Path.cwd()
     with tempfile.TemporaryDirectory(prefix="benchmark-", ignore_cleanup_errors=True) as folder:
@@ -239,17 +237,18 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmark", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", help="archive or folder with train/<class>/*, val/<class>/*; else a generated sample")
     parser.add_argument("--only", help=f"parts to measure, separated by commas: {','.join(PARTS)}")
-    parser.add_argument("--size", type=_positive, help="side in pixels of the network's input (160)")
-    parser.add_argument("--pack", type=_positive, help="side in pixels of the packed images (as --size)")
-    parser.add_argument("--batch-size", type=_positive, help="images a step (64)")
-    parser.add_argument("--rounds", type=_positive, default=5, help="rounds of all contenders (5)")
-    parser.add_argument("--steps", type=_positive, help="training steps of a contender in a round (8)")
+    parser.add_argument("--size", type=positive, help="side in pixels of the network's input (160)")
+    parser.add_argument("--pack", type=positive, help="side in pixels of the packed images (as --size)")
+    parser.add_argument("--batch-size", type=positive, help="images a step (64)")
+    parser.add_argument("--rounds", type=positive, default=5, help="rounds of all contenders (5)")
+    parser.add_argument("--steps", type=positive, help="training steps of a contender in a round (8)")
     parser.add_argument("--out", default="benchmarks", help="folder for latest.json and latest.png (benchmarks)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, measures nothing")
     return parser.parse_args()
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number of at least 1, from the command line."""
     value = int(text)
     if value < 1:
         raise ValueError

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from stages.core.errors import InputError, run_main
 from stages.core.output import write_json
 from stages.core.production import find_images
 from stages.core.runtime import num_cpus
+from tools.report.machine import cpu_name
 
 OURS, BASELINE = "onnxruntime", "torch fp32"
 CONTENDERS = {
@@ -132,10 +132,7 @@ def _has_bf16() -> bool:
 
 
 def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{num_cpus()} CPUs ({names[0] if names else platform.processor()})"
+    return f"{num_cpus()} CPUs ({cpu_name()})"
 
 
 def _parse() -> argparse.Namespace:

@@ -57,14 +57,7 @@ class Setup:
         if num_images < self.train.batch_size:
             raise InputError(f"--batch-size: {self.train.batch_size} is more than the {num_images} training images")
         preprocess.main(self.pack)
-        for split in SPLITS:
-            with tarfile.open(RAW / f"{split}.tar", "r:") as tar:
-                for info in tar:
-                    content = tar.extractfile(info)
-                    assert content is not None
-                    path = FILES / split / info.name  # extract has checked the names
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_bytes(content.read())
+        write_files()
 
     @cached_property
     def device(self) -> torch.device:
@@ -81,6 +74,18 @@ class Setup:
         """The loop to compare with."""
         workers = _GPU_WORKERS if self.device.type == "cuda" else num_workers(self.runtime)
         return PlainLoop(FILES / "train", self.model.name, self.train, self.device, workers)
+
+
+def write_files() -> None:
+    """Write the extracted images to FILES, one file each."""
+    for split in SPLITS:
+        with tarfile.open(RAW / f"{split}.tar", "r:") as tar:
+            for info in tar:
+                content = tar.extractfile(info)
+                assert content is not None
+                path = FILES / split / info.name  # extract has checked the names
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content.read())
 
 
 class OurLoop:

@@ -15,7 +15,7 @@ _PACKAGES = ("torch", "torchvision", "timm", "dvc", "dvclive", "numpy")
 def environment() -> list[tuple[str, str]]:
     """(what, value). Nothing is imported for it: PyTorch alone would take seconds."""
     packages = [(name, _version(name)) for name in _PACKAGES]
-    machine = [("CPU", f"{_cpu()}, {os.cpu_count()} cores"), ("GPU", _gpu()), ("system", platform.platform())]
+    machine = [("CPU", f"{cpu_name()}, {os.cpu_count()} cores"), ("GPU", _gpu()), ("system", platform.platform())]
     return [("Python", platform.python_version()), *packages, *machine]
 
 
@@ -26,7 +26,8 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """The processor, as /proc/cpuinfo names it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
