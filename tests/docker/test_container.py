@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
+import threading
 import time
+import zipfile
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -228,3 +233,39 @@ def test_torch_is_apart_from_the_rest_of_the_lock(engine: None, index: str) -> N
     assert all(name.startswith(("nvidia-", "cuda-", "triton")) for name in left_out)
     assert bool(left_out) == bool(index)
     assert {"nvidia-ml-py", "dvc", "numpy"} <= names["rest"]
+
+
+def test_an_index_of_other_builds_gives_torch_and_nothing_else(image: str, tmp_path: Path) -> None:
+    """The build argument with an index on this machine, whose torch and torchvision are empty packages."""
+    lock = (Path(__file__).parents[2] / "requirements.txt").read_text()
+    blocks = {block.partition("==")[0]: block for block in re.split(r"^(?=[a-z])", lock, flags=re.MULTILINE)}
+    context, index = tmp_path / "context", tmp_path / "index"
+    context.mkdir()
+    for name in ("Dockerfile", "docker-entrypoint.sh", ".dockerignore"):
+        shutil.copy2(Path(__file__).parents[2] / name, context)
+    wanted = ("torch", "torchvision", "triton", "packaging")
+    (context / "requirements.txt").write_text("".join(blocks[name] for name in wanted))
+    for name in ("torch", "torchvision"):
+        empty_wheel(index / name, name, re.findall(r"==(\S+)", blocks[name])[0] + "+cpu")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(index))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        arguments = ("--network", "host", "--build-arg", f"TORCH_INDEX={address}", "-t", "driftline:index")
+        docker("build", *arguments, str(context))
+        server.shutdown()
+    listed = docker("run", "--rm", "driftline:index", "python", "-m", "pip", "list", "--format", "freeze").stdout
+    docker("rmi", "driftline:index")
+    assert re.search(r"^torch==\S+\+cpu$", listed, re.MULTILINE)
+    assert re.search(r"^torchvision==\S+\+cpu$", listed, re.MULTILINE)
+    assert "packaging==" in listed
+    assert "triton" not in listed
+
+
+def empty_wheel(folder: Path, name: str, version: str) -> None:
+    """A package without any module, as pip installs it."""
+    folder.mkdir(parents=True)
+    information = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{information}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        wheel.writestr(f"{information}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{information}/RECORD", "")
