@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.ci.test_lock import explained
 from tests.docker.conftest import LOCKED_DOWN, docker
-from tests.gdrive.test_lock import explained
 from tests.helpers import run, set_params, step_reached, wait_until
 
 pytestmark = pytest.mark.slow
