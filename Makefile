@@ -133,8 +133,8 @@ docker-build: ## build the image: make docker-build [ARGS="--build-arg TORCH_IND
 docker-shell: docker-folders ## a shell in the container, on this repository
 	$(DOCKER_RUN) --interactive --tty $(DOCKER_IMAGE) bash
 
-docker-pull: docker-folders ## fetch data and models in the container
-	$(DOCKER_RUN) $(DOCKER_IMAGE) dvc pull --allow-missing $(ARGS)
+docker-pull: docker-folders ## get models from the remote in the container
+	$(DOCKER_RUN) $(DOCKER_IMAGE) python -m tools.remote pull $(ARGS)
 
 docker-train: docker-folders ## run the pipeline in the container, or an experiment: make docker-train [ARGS="-S train.lr=0.001"]
 	$(DOCKER_RUN) $(DOCKER_IMAGE) $(if $(ARGS),dvc exp run $(ARGS),dvc repro)

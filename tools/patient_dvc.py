@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 
@@ -41,12 +42,29 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def _set_timeouts(seconds: float) -> None:
+@contextmanager
+def timeouts(seconds: float, drive: bool = True) -> Iterator[None]:
+    """New connections do not wait longer than that for a byte; with `drive`, those of Google Drive's client neither."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        with _drive_timeouts(seconds) if drive else nullcontext():
+            yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+@contextmanager
+def _drive_timeouts(seconds: float) -> Iterator[None]:
+    """PySocks, through which httplib2 uses a proxy, does not mind the default of sockets."""
     from pydrive2.auth import GoogleAuth
 
-    socket.setdefaulttimeout(seconds)
-    # PySocks, through which httplib2 uses a proxy, does not mind the default.
-    GoogleAuth.__init__ = functools.partialmethod(GoogleAuth.__init__, http_timeout=seconds)
+    before = GoogleAuth.__init__
+    GoogleAuth.__init__ = functools.partialmethod(before, http_timeout=seconds)
+    try:
+        yield
+    finally:
+        GoogleAuth.__init__ = before
 
 
 def _end_with(parent: int) -> None:
@@ -59,7 +77,6 @@ def main(reasons: Path, seconds: float, arguments: list[str]) -> int:
     """Run dvc; its exit status."""
     from dvc.cli import main as run_dvc
 
-    _set_timeouts(seconds)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     handler = _Reasons(reasons)
     for name in ("dvc", "dvc_data", "dvc_objects"):
@@ -68,7 +85,8 @@ def main(reasons: Path, seconds: float, arguments: list[str]) -> int:
             if shown.level >= logging.WARNING:  # dvc's own, of stderr
                 shown.addFilter(lambda record: record.levelno < logging.ERROR)
         logger.addHandler(handler)
-    return int(run_dvc(arguments) or 0)
+    with timeouts(seconds):
+        return int(run_dvc(arguments) or 0)
 
 
 if __name__ == "__main__":

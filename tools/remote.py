@@ -112,11 +112,15 @@ def check() -> None:
     print(f"remote: {name} is the folder {access.title} {place}, and {key.email} may write there (key {key.id[:12]})")
 
 
-def move(command: str, patience: float, attempts: int) -> None:
-    """Push or pull the pipeline's outputs, but those that are made again in no time (`push: false` in dvc.yaml)."""
+def move(command: str, patience: float, attempts: int, allow_missing: bool = False) -> None:
+    """Push or pull the pipeline's outputs, but those that are made again in no time (`push: false` in dvc.yaml).
+
+    With `allow_missing`, it is no fault when the remote lacks something.
+    """
     name, settings = _remote()
+    options = ["--remote", name, *(["--allow-missing"] if allow_missing else [])]
     if not _is_gdrive(settings):
-        transfer([command, "--remote", name, *_targets(command)], patience, attempts, final_reason, {})
+        transfer([command, *options, *_targets(command)], patience, attempts, final_reason, {})
         return
     key, _ = _ask(name, settings, writing=command == "push")
 
@@ -127,7 +131,7 @@ def move(command: str, patience: float, attempts: int) -> None:
         check_access(key, _drive_folder(name, settings), writing=command == "push")
 
     variables = {VARIABLE: key.text} if key.file is None else {}
-    transfer([command, "--remote", name, *_targets(command)], patience, attempts, explain, variables)
+    transfer([command, *options, *_targets(command)], patience, attempts, explain, variables)
 
 
 def _ask(name: str, settings: dict[str, Any], writing: bool) -> tuple[Key, Access]:
@@ -145,7 +149,7 @@ def _ask(name: str, settings: dict[str, Any], writing: bool) -> tuple[Key, Acces
 def _name_key(name: str, file: Path) -> None:
     """Name the key file in .dvc/config.local, where dvc looks for it."""
     with _config().edit("local") as config:
-        config["remote"].setdefault(name, {})[CONFIGURED] = str(file.resolve())
+        config["remote"].setdefault(name, {})[CONFIGURED] = str(file)  # kept relative, so it holds in a container too
 
 
 def _remote() -> tuple[str, dict[str, Any]]:
@@ -223,7 +227,7 @@ def main(arguments: argparse.Namespace) -> None:
     elif arguments.command == "check":
         check()
     else:
-        move(arguments.command, arguments.patience, arguments.attempts)
+        move(arguments.command, arguments.patience, arguments.attempts, arguments.allow_missing)
 
 
 def _parse() -> argparse.Namespace:
@@ -240,6 +244,9 @@ def _parse() -> argparse.Namespace:
         moving = commands.add_parser(name, help=text)
         moving.add_argument("--patience", type=float, default=PATIENCE, help=f"seconds without progress ({PATIENCE:g})")
         moving.add_argument("--attempts", type=int, default=ATTEMPTS, help=f"tries in all ({ATTEMPTS})")
+        moving.set_defaults(allow_missing=False)
+    pulling = commands.choices["pull"]
+    pulling.add_argument("--allow-missing", action="store_true", help="what the remote lacks will be made here")
     return parser.parse_args()
 
 

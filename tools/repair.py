@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from tools.checks import storage
 from tools.checks.finding import some
 from tools.commands import environment
 from tools.integrity import CACHE, LISTING, WORKSPACE, Problem, State, folder_tree, inspect, ordered_stages
+from tools.patient_dvc import timeouts
 
 _PATIENCE = 20.0  # seconds without a byte from the remote, which its client may ask several times
 _SET_ASIDE = Path(".dvc/tmp/set-aside")
@@ -99,28 +99,25 @@ def _fetch(repo: Any, out: Any, state: State, digests: set[str]) -> set[str]:
     url = repo.config["remote"].get(name, {}).get("url", "")
     if (answer := storage.remote()).status == "FAIL":
         raise InputError(f"{state.path}: {answer.says}; {_again(state)}")
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_PATIENCE)  # Google's library would wait for ever on a connection that was dropped
     try:
-        remote = repo.cloud.get_remote_odb(name, hash_name=out.hash_name)
-        if remote.fs.protocol == "local" and not Path(remote.path).parents[1].is_dir():
-            raise FileNotFoundError(f"there is no folder {url}: a disk that is not mounted?")
-        for digest in sorted(digests):
-            if not remote.exists(digest):
-                continue
-            out.cache.add(remote.oid_to_path(digest), remote.fs, digest, verify=False)
-            path = Path(out.cache.oid_to_path(digest))
-            if _hash(path, out.hash_name) == digest.removesuffix(".dir"):
-                lacking.discard(digest)
-            else:
-                path.unlink()
-                _say(f"{state.path}: the remote {name} has {digest} damaged, too")
+        with timeouts(_PATIENCE, drive=url.startswith("gdrive://")):
+            remote = repo.cloud.get_remote_odb(name, hash_name=out.hash_name)
+            if remote.fs.protocol == "local" and not Path(remote.path).parents[1].is_dir():
+                raise FileNotFoundError(f"there is no folder {url}: a disk that is not mounted?")
+            for digest in sorted(digests):
+                if not remote.exists(digest):
+                    continue
+                out.cache.add(remote.oid_to_path(digest), remote.fs, digest, verify=False)
+                path = Path(out.cache.oid_to_path(digest))
+                if _hash(path, out.hash_name) == digest.removesuffix(".dir"):
+                    lacking.discard(digest)
+                else:
+                    path.unlink()
+                    _say(f"{state.path}: the remote {name} has {digest} damaged, too")
     except Exception as error:  # whatever the libraries of some cloud raise
         raise InputError(
             f"{state.path}: the remote {name} does not give it ({' '.join(str(error).split())[:200]}); {_again(state)}"
         ) from error
-    finally:
-        socket.setdefaulttimeout(before)
     if fetched := len(digests - lacking):
         _say(f"{state.path}: {fetched} files fetched into the cache, from the remote {name}")
     return lacking

@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 
 from tests.docker.conftest import docker
-from tests.helpers import ROOT, commit_all, run, set_params
+from tests.gdrive.conftest import tool
+from tests.gdrive.drive import FOLDER_ID
+from tests.gdrive.keys import Account, make_certificates
+from tests.gdrive.server import HOSTS, StandIn
+from tests.helpers import ROOT, commit_all, files, run, set_params
 
 pytestmark = pytest.mark.slow
 
@@ -64,10 +68,41 @@ def test_pull_with_a_cache_of_the_host(named: tuple[str, str], repository: Path,
     run(repository, "dvc", "push", "-q")
     run(repository, "dvc", "remote", "modify", "local", "url", "/workspace/remote")
     run(repository, "rm", "-rf", ".dvc/cache", "models", "data")
-    make(repository, "make docker-pull", *named, f"HOST_DVC_CACHE_DIR={cache}")
+    variables = (*named, f"HOST_DVC_CACHE_DIR={cache}")
+    make(repository, "make docker-pull", *variables)
     assert json.loads((repository / "models/classifier/model.json").read_text())["classes"]
+    assert not (repository / "data/raw").exists(), "it is not pushed, and nothing failed for the lack of it"
     assert any((cache / "files").rglob("*"))
     assert not (repository / ".dvc/cache/files").exists()
+
+    run(repository, "rm", "-rf", "remote", "models", str(cache))
+    result = make(repository, "make docker-pull", *variables, check=False)
+    assert "the remote does not have everything that dvc.lock names" in result.stderr
+    make(repository, "make docker-pull ARGS=--allow-missing", *variables)
+
+
+def test_pull_from_google_drive(named: tuple[str, str], repository: Path, tmp_path: Path) -> None:
+    """With the key where `save-key` put it on the host, from the stand-in of Google on the host."""
+    account = Account("puller")
+    key = tmp_path / "key.json"
+    key.write_text(account.text)
+    google = StandIn(make_certificates(tmp_path, HOSTS))
+    try:
+        google.accounts[account.email] = account.public
+        for words in (f"setup-gdrive {FOLDER_ID}", "push"):
+            tool(google, repository, *words.split(), GDRIVE_CREDENTIALS_DATA=account.text)
+        tool(google, repository, "save-key", str(key))
+        expected = files(repository / "models")
+        run(repository, "rm", "-rf", ".dvc/cache", "models", "data")
+        environment = " ".join(f"--env {name}={value}" for name, value in google.environment.items() if value)
+        trust = f"--volume {google.authority}:{google.authority}:ro"
+        make(repository, "make docker-pull", *named, f"DOCKER_OPTS=--network host {environment} {trust}")
+    finally:
+        google.close()
+    assert files(repository / "models") == expected
+    assert not (repository / "data/raw").exists()
+    config = (repository / ".dvc/config.local").read_text()
+    assert "= ../.secrets/gdrive-key.json\n" in config, "the same file inside and outside"
 
 
 def test_tests(named: tuple[str, str], repository: Path) -> None:

@@ -76,7 +76,7 @@ def test_a_good_key_is_taken_wherever_it_is(
     key_file("\ufeff" + account.text)  # an editor's mark at the front
     os.environ.pop("GDRIVE_CREDENTIALS_DATA")
     remote.check()
-    assert str(here / KEY_FILE) in Path(".dvc/config.local").read_text()
+    assert f"= ../{KEY_FILE}\n" in Path(".dvc/config.local").read_text()
     Path(KEY_FILE).chmod(0o644)
     remote.check()
     assert capsys.readouterr().err == f"remote: others may read the key {KEY_FILE}: chmod 600 {KEY_FILE}\n"

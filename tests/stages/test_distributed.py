@@ -171,7 +171,9 @@ print("equal")
 
 def test_shared_batch_norms_are_those_of_the_whole_batch(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(BATCH_NORM)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "script.py"]
+    # Without an address it takes the host's name, which does not resolve on a machine without a network.
+    local = ("--standalone", "--local-addr=localhost", "--nproc-per-node=2")
+    launcher = [sys.executable, "-m", "torch.distributed.run", *local, "script.py"]
     output = run(tmp_path, *launcher, environment={"PYTHONPATH": str(ROOT)}).stdout
     assert output.count("equal") == 2
 
