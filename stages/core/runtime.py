@@ -14,6 +14,11 @@ from stages.core.params import Section
 
 Resident = Literal["auto"] | bool
 
+# Threads that wait for each other spin, a millisecond or more by default. Beside any other busy process that costs a
+# step several times its time; so they sleep sooner. OpenMP reads this when torch is imported, later than this module.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 
 class RuntimeParams(Section):
     """The `runtime` section of params.yaml."""
