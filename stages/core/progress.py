@@ -35,7 +35,7 @@ def progress(
             rate = number / (now - start)
             left = "" if total is None else f" of {scale * total:,}"
             wait = "" if total is None else f", {(total - number) / rate:,.0f} s left"
-            print(f"{what}: {scale * number:,}{left} {unit}, {scale * rate:,.1f} {unit}/s{wait}", flush=True)
+            print(f"{what}: {scale * number:,}{left}, {scale * rate:,.1f} {unit}/s{wait}", flush=True)
 
 
 @contextmanager
