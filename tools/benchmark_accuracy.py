@@ -29,8 +29,9 @@ from stages.core.errors import InputError, run_main
 from stages.core.output import write_json
 from stages.core.params import PARAMS_FILE, load_params
 from stages.core.runtime import num_cpus
-from tools import benchmark, overrides
+from tools import benchmark
 from tools.report.machine import cpu_name
+from tools.shared import overrides
 
 OUT = Path("benchmarks/accuracy.json")
 _METRICS = Path("metrics/train/metrics.json")

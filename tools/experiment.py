@@ -25,8 +25,9 @@ from ruamel.yaml import YAML
 
 from stages.core.errors import InputError, Stopped
 from stages.core.output import write_json
-from tools import committed, registry, revision
-from tools.commands import dvc, environment, git
+from tools import registry, revision
+from tools.shared import committed
+from tools.shared.commands import dvc, environment, git
 
 _STATE = Path(".dvc/tmp/retrain")
 _OVERRIDES = _STATE / "overrides.json"

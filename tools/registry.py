@@ -20,8 +20,8 @@ from pathlib import Path
 
 from stages.core.errors import InputError, run_main
 from tools import revision
-from tools.commands import dvc, git, gto
 from tools.revision import model_folder as model_folder
+from tools.shared.commands import dvc, git, gto
 from tools.versions import ARTIFACT, Registry, nearest, read_registry
 
 _CONFIG = Path(".gto")  # names the stages
@@ -54,7 +54,7 @@ def register_commit(commit: str) -> Registered:
 
 def register() -> None:
     """Register HEAD; InputError unless its model can be made again and is in DVC's cache."""
-    from tools import committed
+    from tools.shared import committed
 
     commit = committed.check_repository()
     committed.check_files()
@@ -73,7 +73,7 @@ def register() -> None:
 
 def promote(stage: str, version: str | None) -> None:
     """Put a version into a stage, whose earlier one leaves it. An older version goes back in the same way."""
-    from tools import committed
+    from tools.shared import committed
 
     committed.check_repository()
     stages = _stages()

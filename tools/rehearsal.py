@@ -19,7 +19,7 @@ from stages.core.errors import InputError
 from stages.core.image import decode
 from stages.core.params import Section, load_params
 from stages.extract import DataParams, SampleParams
-from tools import commands
+from tools.shared import commands
 
 LESS_MEASURING = {"drift.images_per_condition": 40, "drift.resplits": 3}  # to save time
 _SPLIT = 2  # of the generator: 0 is train, 1 is val

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from stages.core.errors import InputError, run_main
-from tools.commands import git
 from tools.drive_access import QUOTA_REASONS, Access, check_access, quota_message
 from tools.drive_key import CONFIGURED, FOLDER, VARIABLE, Key, load_key, parse
+from tools.shared.commands import git
 from tools.transfer import ATTEMPTS, PATIENCE, final_reason, transfer
 
 _GDRIVE = "gdrive"  # names of the two remotes that are set up here

@@ -19,8 +19,8 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from stages.core.errors import InputError
-from tools import overrides as settings
-from tools.overrides import Settings, Value
+from tools.shared import overrides as settings
+from tools.shared.overrides import Settings, Value
 
 FOLDER = Path("sweeps")
 _RANDOM_TRIALS = 5  # before TPE proposes; Optuna's own 10 would make a sweep of 8 trials a random search

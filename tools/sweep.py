@@ -29,9 +29,9 @@ from ruamel.yaml import YAML
 from stages.core.errors import InputError, run_main
 from stages.core.params import PARAMS_FILE
 from stages.core.stopping import stop_requests
-from tools import dvc_queue
-from tools import overrides as settings
 from tools import study as studies
+from tools.shared import dvc_queue
+from tools.shared import overrides as settings
 from tools.study import Direction, Question
 from tools.sweep_trials import Sweep
 

@@ -14,10 +14,11 @@ from stages.core.errors import InputError, Stopped
 from stages.core.output import write_bytes, write_text
 from stages.core.runtime import num_cpus
 from stages.core.stopping import StopRequest
-from tools import dvc_queue, study_report
-from tools import overrides as settings
 from tools import study as studies
-from tools.overrides import Settings
+from tools import study_report
+from tools.shared import dvc_queue
+from tools.shared import overrides as settings
+from tools.shared.overrides import Settings
 from tools.study import Direction, Question
 
 _EPOCHS: dict[Direction, Path] = {  # by epoch, of the same direction as the metric

@@ -19,7 +19,7 @@ import psutil
 
 from stages.core.errors import InputError, Stopped
 from stages.core.stopping import StopRequest, stop_requests
-from tools.commands import environment
+from tools.shared.commands import environment
 
 PATIENCE = 120.0  # seconds without any progress; PyDrive2 waits up to 20 s between two tries of its own
 ATTEMPTS = 4

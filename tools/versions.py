@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from stages.core.errors import InputError
-from tools.commands import git
+from tools.shared.commands import git
 
 ARTIFACT = "classifier"  # in `artifacts:` of dvc.yaml; a version of it is a version of all that its commit made
 _TAG = re.compile(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.checks.finding import Finding, fail, ok, some, warn
-from tools.commands import git as _git
+from tools.shared.commands import git as _git
 
 _SECRETS = (".env", ".secrets")
 
@@ -67,7 +67,7 @@ def secrets() -> Finding:
 def params() -> Finding:
     """Every key of params.yaml, checked as the stages will."""
     from stages.core.params import read_params
-    from tools.overrides import check
+    from tools.shared.overrides import check
 
     sections = read_params()
     check(sections, "params.yaml")

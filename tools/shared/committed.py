@@ -8,7 +8,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from stages.core.errors import InputError
-from tools.commands import dvc, git
+from tools.shared.commands import dvc, git
 
 
 def check_repository() -> str:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import psutil
 
 from stages.core.errors import InputError
-from tools.commands import environment
+from tools.shared.commands import environment
 
 _TASKS = Path(".dvc/tmp/exps/run")
 _DAEMONS = Path(".dvc/tmp/exps/celery")
