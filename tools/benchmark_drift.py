@@ -35,7 +35,7 @@ from stages.core.params import load_params
 from stages.core.progress import progress
 from stages.core.two_sample import evidence
 from stages.drift import Params
-from tools.monitor import open_detector
+from tools.monitor.command import open_detector
 
 Pixels = NDArray[np.uint8]
 _STREAM_WINDOW, _RUN_LENGTH = 25, 10_000

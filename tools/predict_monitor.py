@@ -14,7 +14,7 @@ import numpy as np
 
 from stages.core.errors import InputError
 from stages.core.production import Window
-from tools.monitor import EXIT_STATUS, in_words
+from tools.monitor.command import EXIT_STATUS, in_words
 
 
 def judge(windows: Sequence[Window], folder: Path, name: str) -> int:

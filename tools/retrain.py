@@ -38,7 +38,8 @@ from stages.core.recipe import ModelParams, TrainParams
 from stages.core.runtime import RuntimeParams, cache_dir
 from stages.evaluate import EvaluateParams
 from stages.extract import DataParams
-from tools import experiment, labelled, monitor
+from tools import experiment, labelled
+from tools.monitor import command as monitor
 
 CLASSIFIER, DETECTOR, PROCESSED = "models/classifier", "models/drift", "data/processed"
 _VERDICTS = {status: verdict for verdict, status in monitor.EXIT_STATUS.items()}

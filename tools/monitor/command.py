@@ -82,7 +82,7 @@ def _judge(options: argparse.Namespace, runtime: RuntimeParams) -> int:
     if options.json:
         write_json(options.json, report)
     if options.html:
-        from tools.monitor_page import page
+        from tools.monitor.page import page
 
         write_text(options.html, page(report, [window.images[row] for row in strangest]))
     return EXIT_STATUS[judgement.status]
@@ -91,7 +91,7 @@ def _judge(options: argparse.Namespace, runtime: RuntimeParams) -> int:
 def _watch(options: argparse.Namespace, runtime: RuntimeParams) -> int:
     """A verdict on each window of a stream, until it ends or is interrupted."""
     from stages.core.production import printable
-    from tools.monitor_stream import judge_stream, open_stream, stream_alpha
+    from tools.monitor.stream import judge_stream, open_stream, stream_alpha
 
     files = open_stream(options.images, options.idle)
     detector, extractor = open_detector(options.detector, options.classifier, runtime)
@@ -199,5 +199,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The body of the process."""
     run_main(main, "monitor")
