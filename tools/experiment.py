@@ -25,7 +25,8 @@ from ruamel.yaml import YAML
 
 from stages.core.errors import InputError, Stopped
 from stages.core.output import write_json
-from tools import registry, revision
+from tools.registry import command as registry
+from tools.registry import revision
 from tools.shared import committed
 from tools.shared.commands import dvc, environment, git
 

@@ -82,7 +82,7 @@ def find_model(name: str) -> Path:
         return path.parent
     if path == onnx_model.ONNX or (path / "model.json").is_file():
         return path
-    from tools.revision import model_folder  # asks git, and dvc the first time
+    from tools.registry.revision import model_folder  # asks git, and dvc the first time
 
     try:
         return model_folder(name)

@@ -44,7 +44,7 @@ def judge(windows: Sequence[Window], folder: Path, name: str) -> int:
 def _beside(folder: Path, name: str, what: str) -> Path:
     place = folder.parent / what
     if not place.is_dir() and not Path(name).exists():
-        from tools.revision import model_folder
+        from tools.registry.revision import model_folder
 
         return model_folder(name, f"models/{what}")
     return place

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from stages.core.errors import InputError
+from tools.registry.versions import resolve
 from tools.shared.commands import git
-from tools.versions import resolve
 
 _CACHE = Path(".dvc/tmp/models")  # <commit>/<folder>; removing it costs the next call a copy
 

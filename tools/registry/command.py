@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.core.errors import InputError, run_main
-from tools import revision
-from tools.revision import model_folder as model_folder
+from tools.registry import revision
+from tools.registry.revision import model_folder
+from tools.registry.versions import ARTIFACT, Registry, nearest, read_registry
 from tools.shared.commands import dvc, git, gto
-from tools.versions import ARTIFACT, Registry, nearest, read_registry
 
 _CONFIG = Path(".gto")  # names the stages
 _MODELS = "models"
@@ -184,5 +184,6 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The body of the process."""
     run_main(lambda: main(_parse()), "registry")
