@@ -1,4 +1,4 @@
-"""How fast is tools/predict.py, beside PyTorch with the same model and images? Whole processes, timed in one run.
+"""How fast is tools/predict/, beside PyTorch with the same model and images? Whole processes, timed in one run.
 
     python -m tools.benchmark_predict               the validation images of data/raw
     python -m tools.benchmark_predict IMAGES --rounds 5 --repeat 3

@@ -1,4 +1,4 @@
-"""What tools/predict.py is measured against: the same predictions by PyTorch and timm, on the CPU.
+"""What tools/predict/ is measured against: the same predictions by PyTorch and timm, on the CPU.
 
     python -m tools.torch_predict IMAGES... [--precision bf16]
 
@@ -25,7 +25,7 @@ def main() -> None:
     from stages.core.loader import evaluation_batches, open_source
     from stages.core.parallel import read_ahead
     from stages.core.production import find_images, read_images
-    from tools.predictions import Guess, Prediction, as_csv
+    from tools.predict.formats import Guess, Prediction, as_csv
 
     options = _parse()
     torch.set_num_threads(options.threads)

@@ -29,7 +29,7 @@ from stages.core.output import write_text
 from stages.core.parallel import read_ahead
 from stages.core.production import ImageFile, Window, find_images, is_image_name, printable, read_images
 from stages.core.runtime import num_cpus
-from tools.predictions import FORMATS, Guess, Prediction
+from tools.predict.formats import FORMATS, Guess, Prediction
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _write(FORMATS[_format(options)](_chain(first, predictions)), options.output)
     status = int(left_out.count > 0)
     if options.monitor:
-        from tools.predict_monitor import judge
+        from tools.predict.monitor import judge
 
         status = judge(windows, folder, options.model) or status
     return status
@@ -206,5 +206,6 @@ def _main() -> int:
         return 0
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The body of the process."""
     run_main(_main, "predict")
