@@ -26,7 +26,7 @@ from stages.core import sample
 from stages.core.errors import InputError, run_main
 from stages.core.output import write_json
 from stages.extract import SampleParams
-from tools import rehearsal
+from tools.retrain import rehearsal
 
 Drift = tuple[str, int]
 _NUM_CLASSES = len(sample.CLASSES)

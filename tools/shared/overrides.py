@@ -126,7 +126,7 @@ def check(params: Mapping[str, Any], where: str) -> None:
     """Check every section as the stages will, so that a wrong value costs nothing; `where` begins the InputError."""
     stages = YAML(typ="safe", pure=True).load(Path("dvc.yaml"))["stages"].values()
     found = re.findall(r"\bpython -m (stages\.\w+)", " ".join(str(stage.get("cmd", "")) for stage in stages))
-    for name in [*found, "tools.retrain"]:
+    for name in [*found, "tools.retrain.command"]:
         check_params(importlib.import_module(name).Params, params, where)
 
 

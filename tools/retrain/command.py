@@ -38,8 +38,8 @@ from stages.core.recipe import ModelParams, TrainParams
 from stages.core.runtime import RuntimeParams, cache_dir
 from stages.evaluate import EvaluateParams
 from stages.extract import DataParams
-from tools import experiment, labelled
 from tools.monitor import command as monitor
+from tools.retrain import experiment, labelled
 
 CLASSIFIER, DETECTOR, PROCESSED = "models/classifier", "models/drift", "data/processed"
 _VERDICTS = {status: verdict for verdict, status in monitor.EXIT_STATUS.items()}
@@ -392,5 +392,6 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The body of the process."""
     run_main(lambda: main(_parse()), "retrain")
