@@ -14,12 +14,12 @@ from stages.core.errors import InputError, Stopped
 from stages.core.output import write_bytes, write_text
 from stages.core.runtime import num_cpus
 from stages.core.stopping import StopRequest
-from tools import study as studies
-from tools import study_report
 from tools.shared import dvc_queue
 from tools.shared import overrides as settings
 from tools.shared.overrides import Settings
-from tools.study import Direction, Question
+from tools.sweep import report as study_report
+from tools.sweep import study as studies
+from tools.sweep.study import Direction, Question
 
 _EPOCHS: dict[Direction, Path] = {  # by epoch, of the same direction as the metric
     "maximize": Path("metrics/train/plots/metrics/val/top1.tsv"),

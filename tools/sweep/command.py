@@ -29,11 +29,11 @@ from ruamel.yaml import YAML
 from stages.core.errors import InputError, run_main
 from stages.core.params import PARAMS_FILE
 from stages.core.stopping import stop_requests
-from tools import study as studies
 from tools.shared import dvc_queue
 from tools.shared import overrides as settings
-from tools.study import Direction, Question
-from tools.sweep_trials import Sweep
+from tools.sweep import study as studies
+from tools.sweep.study import Direction, Question
+from tools.sweep.trials import Sweep
 
 _SMALLER_IS_BETTER = ("loss", "nll", "ece", "error", "ms", "seconds", "memory")
 
@@ -171,5 +171,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The body of the process."""
     run_main(lambda: main(_parser().parse_intermixed_args()), "sweep")

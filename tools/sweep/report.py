@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from stages.core.figures import png
 from stages.core.tables import as_csv
-from tools.study import Direction, best
+from tools.sweep.study import Direction, best
 
 _STATES = {
     TrialState.COMPLETE: "complete",
