@@ -21,7 +21,7 @@ from stages.core.output import write_bytes
 from tools.checks import storage
 from tools.checks.finding import some
 from tools.integrity import CACHE, LISTING, WORKSPACE, Problem, State, folder_tree, inspect, ordered_stages
-from tools.patient_dvc import timeouts
+from tools.remote.patient_dvc import timeouts
 from tools.shared.commands import environment
 
 _PATIENCE = 20.0  # seconds without a byte from the remote, which its client may ask several times

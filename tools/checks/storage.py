@@ -140,8 +140,8 @@ def _gdrive(name: str, url: str, settings: dict[str, Any]) -> Finding:
 
 def _ask_google(name: str, settings: dict[str, Any], folder: str) -> None:
     """InputError when the key or the folder is wrong, with what to do about it; nothing is written."""
-    from tools.drive_access import check_access
-    from tools.drive_key import load_key
+    from tools.remote.drive_access import check_access
+    from tools.remote.drive_key import load_key
 
     check_access(load_key(name, dict(settings)), folder, writing=False)
 

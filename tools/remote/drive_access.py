@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from stages.core.errors import InputError
-from tools.drive_key import Key
+from tools.remote.drive_key import Key
 
 _API = "https://www.googleapis.com/drive/v2"
 _SCOPES = ["https://www.googleapis.com/auth/drive"]

@@ -61,7 +61,7 @@ def _run(arguments: list[str], patience: float, variables: dict[str, str], reque
         reasons = Path(folder) / "reasons"
         reasons.touch()
         process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", "tools.patient_dvc", str(reasons), str(patience / 2), *arguments],
+            [sys.executable, "-m", "tools.remote.patient_dvc", str(reasons), str(patience / 2), *arguments],
             env=environment() | variables,
             stdin=subprocess.DEVNULL,
             start_new_session=True,

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from stages.core.errors import InputError, run_main
-from tools.drive_access import QUOTA_REASONS, Access, check_access, quota_message
-from tools.drive_key import CONFIGURED, FOLDER, VARIABLE, Key, load_key, parse
+from tools.remote.drive_access import QUOTA_REASONS, Access, check_access, quota_message
+from tools.remote.drive_key import CONFIGURED, FOLDER, VARIABLE, Key, load_key, parse
+from tools.remote.transfer import ATTEMPTS, PATIENCE, final_reason, transfer
 from tools.shared.commands import git
-from tools.transfer import ATTEMPTS, PATIENCE, final_reason, transfer
 
 _GDRIVE = "gdrive"  # names of the two remotes that are set up here
 _LOCAL = "local"
@@ -250,5 +250,6 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The body of the process."""
     run_main(lambda: main(_parse()), "remote")

@@ -1,6 +1,6 @@
-"""dvc, as `tools.transfer` runs it: no socket waits for ever, and why something failed is written down.
+"""dvc, as `tools.remote.transfer` runs it: no socket waits for ever, and why something failed is written down.
 
-    python -m tools.patient_dvc REASONS SECONDS push ...
+    python -m tools.remote.patient_dvc REASONS SECONDS push ...
 
 PyDrive2 sets no timeout on its connections, so one that is dropped in the middle of an answer hangs dvc for ever. Here
 all of them have a timeout of SECONDS. Errors go into the file REASONS instead of stderr, one a line. It ends when the
