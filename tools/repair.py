@@ -18,8 +18,8 @@ from typing import Any
 
 from stages.core.errors import InputError
 from stages.core.output import write_bytes
-from tools.checks import storage
-from tools.checks.finding import some
+from tools.doctor import storage
+from tools.doctor.finding import some
 from tools.integrity import CACHE, LISTING, WORKSPACE, Problem, State, folder_tree, inspect, ordered_stages
 from tools.remote.patient_dvc import timeouts
 from tools.shared.commands import environment

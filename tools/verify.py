@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stages.core.errors import InputError, run_main
-from tools.checks.finding import some
+from tools.doctor.finding import some
 from tools.integrity import CACHE, LISTING, WORKSPACE, Problem, State, inspect
 
 

@@ -17,7 +17,7 @@ from tests.gdrive.keys import Account
 from tests.gdrive.server import Fault, StandIn
 from tests.helpers import files
 from tools import repair, verify
-from tools.checks import storage
+from tools.doctor import storage
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from stages.core.errors import InputError, run_main
-from tools.checks import environment, hardware, repository, storage, tracking
-from tools.checks.finding import Finding, fail, warn
+from tools.doctor import environment, hardware, repository, storage, tracking
+from tools.doctor.finding import Finding, fail, warn
 
 # In this order: what later checks need comes first. Their modules import nothing but the standard library at the top,
 # because this has to run where the packages are missing or broken.
@@ -102,5 +102,6 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The body of the process."""
     run_main(lambda: main(_parse().json), "doctor")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import threading
 
-from tools.checks.finding import Finding, fail, ok, warn
-from tools.checks.settings import section
+from tools.doctor.finding import Finding, fail, ok, warn
+from tools.doctor.settings import section
 
 
 def wandb() -> Finding:

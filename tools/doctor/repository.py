@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tools.checks.finding import Finding, fail, ok, some, warn
+from tools.doctor.finding import Finding, fail, ok, some, warn
 from tools.shared.commands import git as _git
 
 _SECRETS = (".env", ".secrets")

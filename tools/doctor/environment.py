@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from importlib import import_module, metadata
 from pathlib import Path
 
-from tools.checks.finding import Finding, fail, ok, some
+from tools.doctor.finding import Finding, fail, ok, some
 
 _LOCK = Path("requirements.txt")
 _INSTALL = "make setup && source .venv/bin/activate"

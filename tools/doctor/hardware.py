@@ -8,8 +8,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from tools.checks.finding import Finding, fail, ok, some, warn
-from tools.checks.settings import section
+from tools.doctor.finding import Finding, fail, ok, some, warn
+from tools.doctor.settings import section
 
 _REINSTALL = "python -m pip install --force-reinstall --no-deps -r requirements.txt"
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from stages.core.errors import InputError
-from tools.checks.finding import Finding, fail, ok, warn
-from tools.checks.settings import section
+from tools.doctor.finding import Finding, fail, ok, warn
+from tools.doctor.settings import section
 
 _LINKS = ["reflink", "hardlink", "symlink"]  # the best first
 _PLACEHOLDER = "gdrive://FOLDER_ID"  # until `make remote-gdrive` names a folder
