@@ -20,9 +20,9 @@ from stages.core.errors import InputError
 from stages.core.output import write_bytes
 from tools.doctor import storage
 from tools.doctor.finding import some
-from tools.integrity import CACHE, LISTING, WORKSPACE, Problem, State, folder_tree, inspect, ordered_stages
 from tools.remote.patient_dvc import timeouts
 from tools.shared.commands import environment
+from tools.verify.integrity import CACHE, LISTING, WORKSPACE, Problem, State, folder_tree, inspect, ordered_stages
 
 _PATIENCE = 20.0  # seconds without a byte from the remote, which its client may ask several times
 _SET_ASIDE = Path(".dvc/tmp/set-aside")

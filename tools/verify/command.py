@@ -18,7 +18,7 @@ from pathlib import Path
 
 from stages.core.errors import InputError, run_main
 from tools.doctor.finding import some
-from tools.integrity import CACHE, LISTING, WORKSPACE, Problem, State, inspect
+from tools.verify.integrity import CACHE, LISTING, WORKSPACE, Problem, State, inspect
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -29,7 +29,7 @@ def main(arguments: argparse.Namespace) -> int:
         raise InputError("there is no dvc.lock: nothing has run that could be verified; dvc repro")
     states = _inspect()
     if arguments.repair and _wrong(states):
-        from tools.repair import repair
+        from tools.verify.repair import repair
 
         repair(states)
         states = _inspect()
@@ -131,5 +131,6 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The body of the process."""
     run_main(lambda: main(_parse()), "verify")
