@@ -27,7 +27,7 @@ from stages.core.packing import Geometry, pack
 from stages.core.recipe import ModelParams, TrainParams
 from stages.core.runtime import RuntimeParams, num_workers
 from stages.core.source import RAW, SPLITS, load_source_info
-from tools.baseline import PlainLoop, pack_with_pillow
+from tools.benchmark.baseline import PlainLoop, pack_with_pillow
 
 FILES = Path("files")  # the images as ImageFolder wants them
 _GPU_WORKERS = 16  # processes of the plain loop's loader beside a GPU

@@ -1,8 +1,8 @@
 """Does retraining do what it should, whatever comes? 28 scenarios on the generated sample, each in a clone of its own.
 
-    python -m tools.benchmark_retrain                     all of them (1 to 2 hours on 2 cores)
-    python -m tools.benchmark_retrain --only clean,label  those whose names contain one of these
-    python -m tools.benchmark_retrain --out FILE.json     every number
+    python -m tools.benchmark.retrain                     all of them (1 to 2 hours on 2 cores)
+    python -m tools.benchmark.retrain --only clean,label  those whose names contain one of these
+    python -m tools.benchmark.retrain --out FILE.json     every number
 
 A scenario is a batch of new production images, labelled ones to go with it, and what must come of it: nothing, a new
 model, or a refusal that leaves everything as it was. Exit status 1 where one ends otherwise.
@@ -264,11 +264,13 @@ def _table(results: list[dict[str, Any]]) -> str:
 
 
 def _say(line: str) -> None:
-    print(f"benchmark-retrain: {line}", flush=True)
+    print(f"benchmark.retrain: {line}", flush=True)
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmark-retrain", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.benchmark.retrain", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--only", help="words of scenarios' names, with commas between")
     parser.add_argument("--production", type=int, default=100, help="images a batch (100)")
     parser.add_argument("--labelled", type=int, default=1000, help="labelled images (1000)")
@@ -277,4 +279,4 @@ def _parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(_parse()), "benchmark-retrain")
+    run_main(lambda: main(_parse()), "benchmark.retrain")

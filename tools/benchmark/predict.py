@@ -1,7 +1,7 @@
-"""How fast is tools/predict/, beside PyTorch with the same model and images? Whole processes, timed in one run.
+"""How fast is tools.predict, beside PyTorch with the same model and images? Whole processes, timed in one run.
 
-    python -m tools.benchmark_predict               the validation images of data/raw
-    python -m tools.benchmark_predict IMAGES --rounds 5 --repeat 3
+    python -m tools.benchmark.predict               the validation images of data/raw
+    python -m tools.benchmark.predict IMAGES --rounds 5 --repeat 3
 
 The contenders take turns, round after round, so that a busy machine slows all of them. Start-up is the time of a
 process that predicts one image; images per second is what all the others take beyond it. The same in CPU
@@ -32,8 +32,8 @@ from tools.report.machine import cpu_name
 OURS, BASELINE = "onnxruntime", "torch fp32"
 CONTENDERS = {
     OURS: ["tools.predict"],
-    BASELINE: ["tools.torch_predict"],
-    "torch bf16": ["tools.torch_predict", "--precision", "bf16"],
+    BASELINE: ["tools.benchmark.torch_predict"],
+    "torch bf16": ["tools.benchmark.torch_predict", "--precision", "bf16"],
 }
 OUT = Path("benchmarks/predict.json")
 
@@ -137,7 +137,7 @@ def _cpu() -> str:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.benchmark_predict", description=(__doc__ or "").split("\n")[0]
+        prog="python -m tools.benchmark.predict", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("images", nargs="?", default="data/raw/val.tar", metavar="IMAGES", help="data/raw/val.tar")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds that count (5)")
@@ -147,4 +147,4 @@ def _parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_main(main, "benchmark_predict")
+    run_main(main, "benchmark.predict")

@@ -1,6 +1,6 @@
-"""What tools/predict/ is measured against: the same predictions by PyTorch and timm, on the CPU.
+"""What tools.predict is measured against: the same predictions by PyTorch and timm, on the CPU.
 
-    python -m tools.torch_predict IMAGES... [--precision bf16]
+    python -m tools.benchmark.torch_predict IMAGES... [--precision bf16]
 
 Images are found, decoded and handed over in the same way; only what computes is another.
 """
@@ -50,7 +50,9 @@ def main() -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tools.torch_predict", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.benchmark.torch_predict", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="folder, archive or file")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--batch", type=int, default=64, metavar="N")

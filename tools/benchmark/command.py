@@ -21,7 +21,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# torch is imported later: the worker processes that decode images import this module too.
+# torch is imported later: --help and refusals do not wait for it.
 from stages.core.errors import InputError, run_main
 from stages.core.params import Section, load_params
 from stages.core.recipe import ModelParams, TrainParams
@@ -29,7 +29,7 @@ from stages.core.runtime import RuntimeParams, num_cpus, num_threads
 from tools.report.machine import cpu_name
 
 if TYPE_CHECKING:
-    from tools.measurements import Setup
+    from tools.benchmark.measurements import Setup
 
 PLAIN_RECIPE = {"optimizer": "adamw", "lr": 0.001, "weight_decay": 0.05}  # of the plain loop
 PARTS = ("train", "preprocess", "loader", "compute", "dvc")
@@ -81,7 +81,7 @@ def main(arguments: argparse.Namespace) -> None:
         raise InputError(f"--data: {data}: no such file or folder")
     params = load_params(Params)
 
-    from tools import measurements
+    from tools.benchmark import measurements
 
     with temporary_directory():
         setup = _setup(arguments, params, data, root)
@@ -152,7 +152,7 @@ def _number(value: float) -> str:
 
 def _setup(arguments: argparse.Namespace, params: Params, data: Path | None, root: Path) -> Setup:
     from stages import extract, preprocess
-    from tools.measurements import Setup
+    from tools.benchmark.measurements import Setup
 
     size = arguments.size or (32 if arguments.quick else 160)
     pack_size = arguments.pack or size
@@ -226,7 +226,7 @@ def temporary_directory() -> Iterator[None]:
 
 def _write(report: dict[str, Any], out: Path) -> None:
     from stages.core.output import write_bytes, write_json
-    from tools.chart import chart
+    from tools.benchmark.chart import chart
 
     write_json(out / "latest.json", report)
     write_bytes(out / "latest.png", chart(report))
@@ -255,5 +255,6 @@ def positive(text: str) -> int:
     return value
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The body of the process."""
     run_main(lambda: main(_parse()), "benchmark")

@@ -1,7 +1,7 @@
 """What the drift stage does not measure: harmless changes, label shift, the stream, and the monitor's time.
 
-    python -m tools.benchmark_drift
-    pip install --no-deps torchdrift && python -m tools.benchmark_drift --torchdrift   compares with TorchDrift only
+    python -m tools.benchmark.drift
+    pip install --no-deps torchdrift && python -m tools.benchmark.drift --torchdrift   compares with TorchDrift only
 
 It needs a pipeline that has run: the classifier, the detector and the packed images of this folder. The check images,
 which the detector has not seen, stand for production. Prints a table in Markdown.
@@ -43,7 +43,7 @@ _STREAM_WINDOW, _RUN_LENGTH = 25, 10_000
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(prog="python -m tools.benchmark_drift", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.benchmark.drift", description=__doc__)
     parser.add_argument("--resplits", type=int, default=20, help="of the clean images, for the stream (20)")
     parser.add_argument("--torchdrift", action="store_true", help="compare with TorchDrift on windows of 50, only")
     options = parser.parse_args(arguments)
@@ -233,4 +233,4 @@ def _resampled(image: Pixels) -> Pixels:
 
 
 if __name__ == "__main__":
-    run_main(main, "benchmark_drift")
+    run_main(main, "benchmark.drift")

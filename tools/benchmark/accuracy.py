@@ -1,6 +1,6 @@
 """How much CPU time does an accuracy cost? Whole processes: our pipeline against the plain ImageFolder loop.
 
-    python -m tools.benchmark_accuracy --data imagenette2-160.tgz --recipe imagenette160 --epochs 5 --ours 1,2,3
+    python -m tools.benchmark.accuracy --data imagenette2-160.tgz --recipe imagenette160 --epochs 5 --ours 1,2,3
 
 The plain loop (AdamW with a cosine schedule, float32) trains once for `--epochs`; ours trains with the recipe for each
 number of epochs of `--ours`. The first of ours that is as accurate is compared. CPU time is user and system time
@@ -29,7 +29,7 @@ from stages.core.errors import InputError, run_main
 from stages.core.output import write_json
 from stages.core.params import PARAMS_FILE, load_params
 from stages.core.runtime import num_cpus
-from tools import benchmark
+from tools.benchmark import command as benchmark
 from tools.report.machine import cpu_name
 from tools.shared import overrides
 
@@ -46,7 +46,7 @@ def main() -> None:
     if not data.exists():
         raise InputError(f"--data: {options.data}: no such file or folder")
     params = _params(options, data)
-    from tools.measurements import write_files
+    from tools.benchmark.measurements import write_files
 
     with benchmark.temporary_directory():
         _write_params(params)
@@ -124,8 +124,8 @@ def _plain() -> None:
     """Train the plain loop as params.yaml says, and leave its accuracy in a file."""
     from stages.core import device
     from stages.core.runtime import num_workers
-    from tools.baseline import PlainLoop
-    from tools.measurements import FILES
+    from tools.benchmark.baseline import PlainLoop
+    from tools.benchmark.measurements import FILES
 
     params = load_params(benchmark.Params)
     recipe = params.train.model_copy(update=benchmark.PLAIN_RECIPE)
@@ -153,7 +153,9 @@ def _write_params(params: dict[str, Any]) -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmark_accuracy", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.benchmark.accuracy", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--data", required=True, help="archive or folder with train/<class>/*, val/<class>/*")
     parser.add_argument("--recipe", help="a preset of recipes/ over params.yaml")
     parser.add_argument("--epochs", type=benchmark.positive, default=5, help="of the plain loop (5)")
@@ -167,4 +169,4 @@ def _counts(text: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    run_main(main, "benchmark")
+    run_main(main, "benchmark.accuracy")
