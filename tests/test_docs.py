@@ -34,7 +34,8 @@ def test_files_that_are_named_exist(document: str, finished_repository: Path) ->
     named = re.findall(r"`([\w./-]+/[\w./-]*|[\w-]+\.(?:py|yaml|md|txt|toml|lock))`", text)
     named += re.findall(r"\]\((?!http)([^)#]+)\)", text)
     roots = [ROOT, ROOT / "stages/core", finished_repository, finished_repository / "data/profile", ROOT / "tests"]
-    shown = {"stages/NAME.py", "train/<class>"}  # patterns
+    roots += [path.parent for path in ROOT.glob("tools/*/__init__.py")]
+    shown = {"stages/NAME.py", "tools/NAME/", "tools/NAME.py", "train/<class>"}  # patterns
     shown |= {".venv/", "report/report.html", "report/report.md"}  # made by make
     shown |= {".secrets/", ".secrets/gdrive-key.json", ".dvc/config.local"}  # the user's, ignored by git
     shown |= {"/workspace", "/run/secrets/gdrive-key.json"}  # in the container
@@ -48,6 +49,21 @@ def test_make_verbs_that_are_named_exist(document: str) -> None:
     verbs = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     named = set(re.findall(r"`make ([a-z-]+)|^make ([a-z-]+)", (ROOT / document).read_text(), flags=re.MULTILINE))
     assert {first or second for first, second in named} <= verbs
+
+
+def test_modules_that_are_run_exist() -> None:
+    """In documents, the Makefile, workflows, and the messages and docstrings of the code itself."""
+    files = run(
+        ROOT, "git", "ls-files", "*.md", "*.py", "*.sh", "*.yml", "*.yaml", "*.ipynb", "Makefile"
+    ).stdout.split()
+    text = "\n".join((ROOT / name).read_text() for name in files)
+    named = set(re.findall(r"""-m"?,? "?((?:stages|tools)(?:\.[a-z]\w*)+)""", text))
+    assert len(named) > 20
+    for name in named:
+        path = ROOT.joinpath(*name.split("."))
+        path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+        assert path.is_file(), name
+        assert 'if __name__ == "__main__":' in path.read_text(), name
 
 
 def test_make_help_lists_every_verb() -> None:

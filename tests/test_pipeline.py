@@ -60,7 +60,7 @@ def test_imports_go_one_way() -> None:
     for path in (ROOT / "stages/core").glob("*.py"):
         imported = code_closure(ROOT, f"stages.core.{path.stem}")
         assert all(name.startswith("stages/core/") for name in imported), f"{path.name} imports a stage or a tool"
-    for path in ROOT.glob("stages/**/__init__.py"):
+    for path in (*ROOT.glob("stages/**/__init__.py"), *ROOT.glob("tools/**/__init__.py")):
         assert not path.read_text(), f"{path} is not empty"
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from stages.core.errors import run_main
-from tools import rehearsal
-from tools.retrain import simulation
+from tools.retrain import rehearsal
+from tools.retrain.command import simulation
 
 NUM_PRODUCTION, NUM_LABELLED = 100, 1000
 

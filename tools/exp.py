@@ -28,9 +28,9 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 
 from stages.core.errors import InputError, run_main
 from stages.core.params import PARAMS_FILE
-from tools import dvc_queue
-from tools import overrides as settings
-from tools.overrides import Settings, Value
+from tools.shared import dvc_queue
+from tools.shared import overrides as settings
+from tools.shared.overrides import Settings, Value
 
 _MOST = 1000  # combinations in one call
 

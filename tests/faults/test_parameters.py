@@ -16,7 +16,7 @@ from stages.core.params import SECTIONS, Section, check_params, load_params
 from tests.faults.reliability import case
 from tests.faults.settings import document
 from tests.helpers import ROOT, run, set_params
-from tools import retrain
+from tools.retrain import command as retrain
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 

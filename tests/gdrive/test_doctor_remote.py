@@ -16,8 +16,9 @@ from tests.gdrive.drive import FOLDER_ID, Item
 from tests.gdrive.keys import Account
 from tests.gdrive.server import Fault, StandIn
 from tests.helpers import files
-from tools import repair, verify
-from tools.checks import storage
+from tools.doctor import storage
+from tools.verify import command as verify
+from tools.verify import repair
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from tests.gdrive.conftest import tool
 from tests.gdrive.server import Fault, StandIn
 from tests.helpers import ROOT, files, start, wait_until
-from tools.transfer import transfer
+from tools.remote.transfer import transfer
 
 IMPATIENT = ("--patience", "4", "--attempts", "3")
 

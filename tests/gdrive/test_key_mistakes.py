@@ -19,7 +19,8 @@ from tests.gdrive.drive import FOLDER_ID, Item
 from tests.gdrive.keys import Account
 from tests.gdrive.server import StandIn
 from tests.helpers import files, run
-from tools import drive_key, remote
+from tools.remote import command as remote
+from tools.remote import drive_key
 
 Set = Callable[..., None]
 

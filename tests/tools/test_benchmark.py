@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers import ROOT, image_files, run, write_files
-from tools.benchmark import COMPARISONS, PARTS, Comparison, summarise, table
+from tools.benchmark.command import COMPARISONS, PARTS, Comparison, summarise, table
 
 COMMAND = (sys.executable, "-m", "tools.benchmark", "--quick")
 

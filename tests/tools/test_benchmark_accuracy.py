@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import image_files, run, write_files
-from tools.benchmark_accuracy import verdict
+from tools.benchmark.accuracy import verdict
 
-COMMAND = (sys.executable, "-m", "tools.benchmark_accuracy")
+COMMAND = (sys.executable, "-m", "tools.benchmark.accuracy")
 
 
 def test_it_trains_both_and_reports_what_they_cost(repository: Path, tmp_path: Path) -> None:

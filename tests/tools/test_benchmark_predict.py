@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import run
-from tools.benchmark_predict import Times, _summary, table
+from tools.benchmark.predict import Times, _summary, table
 
 
 def test_start_up_is_taken_out_of_the_speed() -> None:
@@ -25,7 +25,7 @@ def test_start_up_is_taken_out_of_the_speed() -> None:
 
 @pytest.mark.slow
 def test_it_measures_whole_processes_that_agree(repository: Path) -> None:
-    command = ["-m", "tools.benchmark_predict", "--rounds", "2", "--repeat", "2", "--threads", "1"]
+    command = ["-m", "tools.benchmark.predict", "--rounds", "2", "--repeat", "2", "--threads", "1"]
     printed = run(repository, sys.executable, *command).stdout
     report = json.loads((repository / "benchmarks/predict.json").read_text())
     assert report["settings"] == {"num_images": 120, "rounds": 2, "threads": 1}

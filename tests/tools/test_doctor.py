@@ -24,9 +24,9 @@ from ruamel.yaml import YAML
 from stages.core.errors import InputError
 from tests.helpers import BIN, commit_all, run, set_params
 from tests.wandb_runs import KEY, bad_server
-from tools import doctor
-from tools.checks import environment, hardware, repository, storage, tracking
-from tools.checks.finding import Finding
+from tools.doctor import command as doctor
+from tools.doctor import environment, hardware, repository, storage, tracking
+from tools.doctor.finding import Finding
 
 
 @pytest.fixture(scope="session")
@@ -266,7 +266,7 @@ def test_a_pyopenssl_that_cryptography_has_left_behind(here: Path) -> None:
     (packages / "pyOpenSSL-22.0.0.dist-info/METADATA").write_text(
         "Metadata-Version: 2.1\nName: pyOpenSSL\nVersion: 22.0.0\n"
     )
-    ask = "from tools.checks.environment import gdrive; print(gdrive())"
+    ask = "from tools.doctor.environment import gdrive; print(gdrive())"
     result = run(here, "python", "-c", ask, environment={"PYTHONPATH": str(packages)})
     assert "status='FAIL', says=\"the Google Drive plugin cannot be imported (AttributeError: " in result.stdout
     assert "GEN_EMAIL" in result.stdout
@@ -623,7 +623,7 @@ def test_wandb_online(no_key: Path, server: str, key: str, status: str, says: st
     (no_key / ".env").write_text(f"WANDB_API_KEY={key}\n")
     set_params(no_key / "params.yaml", {"wandb.mode": "online"})
     ask = (
-        "import dataclasses, json, os\nfrom tools.checks import tracking\nbefore = dict(os.environ)\n"
+        "import dataclasses, json, os\nfrom tools.doctor import tracking\nbefore = dict(os.environ)\n"
         "print(json.dumps(dataclasses.asdict(tracking.wandb())))\nassert dict(os.environ) == before"
     )
     with bad_server(server) as url:

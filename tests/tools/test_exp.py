@@ -14,7 +14,8 @@ from ruamel.yaml import YAML
 from stages.core.errors import InputError
 from stages.core.params import read_params
 from tests.helpers import ROOT, run, set_params, start, step_reached, wait_until
-from tools import exp, overrides
+from tools import exp
+from tools.shared import overrides
 
 
 @pytest.fixture

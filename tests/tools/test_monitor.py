@@ -15,7 +15,7 @@ from PIL import Image
 from stages.core.corruptions import corrupt
 from stages.core.errors import InputError
 from tests.helpers import encoded, run, start, truncated, wait_until
-from tools import monitor
+from tools.monitor import command as monitor
 
 
 @pytest.fixture

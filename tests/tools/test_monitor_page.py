@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers import picture
-from tools.monitor_page import page
+from tools.monitor.page import page
 
 PICTURES = [np.asarray(picture(seed, (20, 20))) for seed in range(2)]
 EVIL = "<script>alert('x')</script>\"&.png"

@@ -23,7 +23,8 @@ from stages.core import model
 from stages.core.errors import InputError
 from stages.core.params import load_params
 from tests.helpers import encoded, run, truncated
-from tools import predict, registry
+from tools.predict import command as predict
+from tools.registry import command as registry
 
 
 @pytest.fixture(scope="module")

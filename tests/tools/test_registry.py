@@ -11,7 +11,8 @@ import pytest
 
 from stages.core.errors import InputError
 from tests.helpers import commit_all, files, run, set_params
-from tools import registry, revision, versions
+from tools.registry import command as registry
+from tools.registry import revision, versions
 
 PUSH = "          share it: python -m tools.registry push && git push && git push --tags"
 
@@ -218,7 +219,8 @@ def test_a_model_that_was_fetched_needs_neither_dvc_nor_torch(here: Path) -> Non
     registry.register()
     registry.promote("prod", None)
     say = (
-        "import sys\nfrom tools.registry import model_folder\nprint(model_folder('prod', 'models/classifier'))\n"
+        "import sys\nfrom tools.registry.revision import model_folder\n"
+        "print(model_folder('prod', 'models/classifier'))\n"
         "print({'dvc', 'gto', 'torch', 'numpy', 'ruamel'} & {name.split('.')[0] for name in sys.modules})"
     )
     first = tool(here, "fetch", "prod", "--path", "models/classifier").strip()

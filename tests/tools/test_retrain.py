@@ -35,7 +35,8 @@ from tests.helpers import (
     wait_until,
     write_files,
 )
-from tools import experiment, labelled, retrain
+from tools.retrain import command as retrain
+from tools.retrain import experiment, labelled
 
 LIMITS = Limits(files=10_000, total_bytes=10**9, ratio=200)
 PARAMS = retrain.RetrainParams(

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 
 from stages.core.errors import InputError
 from tests.helpers import commit_all, files, run, set_params
-from tools import verify
+from tools.verify import command as verify
 
 FOLDER, FILE, METRIC = "data/numbers", "models/total.txt", "metrics/count.json"
 ZERO, ONE, TWO = (f"{FOLDER}/{name}" for name in ("0.txt", "deep/1.txt", "deep/2.txt"))

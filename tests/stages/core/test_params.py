@@ -12,7 +12,7 @@ from stages import drift, evaluate, export, extract, preprocess, profile, train
 from stages.core.errors import InputError
 from stages.core.params import SECTIONS, Section, load_params
 from tests.helpers import ROOT, set_params
-from tools import retrain
+from tools.retrain import command as retrain
 
 STAGES = {
     "extract": extract,

@@ -1,0 +1,204 @@
+"""Has what the classifier sees in production drifted, and does it hurt? Unlabelled images in, a verdict out.
+
+    python -m tools.monitor IMAGES                  a folder, an archive, image files, or a packed .npy
+    python -m tools.monitor IMAGES --json FILE --html FILE
+    python -m tools.monitor FOLDER --stream         windows over a folder that grows
+    ... | python -m tools.monitor - --stream        or over paths, one a line
+
+Exit status: 0 ok, 10 benign drift, 20 harmful drift, 2 error. With --stream: the worst that was seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.core.errors import InputError, run_main
+from stages.core.params import Section, load_params
+from stages.core.runtime import RuntimeParams
+
+if TYPE_CHECKING:
+    from stages.core.detector import Detector, Judgement
+    from stages.core.features import Extractor
+
+EXIT_STATUS = {"ok": 0, "benign": 10, "harmful": 20}
+_WORDS = {
+    "ok": "no drift found",
+    "benign": "drift, and little harm",
+    "harmful": "drift that hurts the classifier",
+}
+
+
+class Params(Section):
+    """What this tool reads of params.yaml: the machine. Everything else lies beside the detector."""
+
+    runtime: RuntimeParams
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Judge images, say what was found, and return the exit status."""
+    options = _parser().parse_args(arguments)
+    runtime = load_params(Params).runtime
+    if options.top < 0:
+        raise InputError(f"--top: {options.top} must not be negative")
+    return _watch(options, runtime) if options.stream else _judge(options, runtime)
+
+
+def _judge(options: argparse.Namespace, runtime: RuntimeParams) -> int:
+    """One verdict over all images."""
+    from stages.core.detector import SMALLEST_WINDOW
+    from stages.core.output import write_json, write_text
+    from stages.core.production import find_images, printable, read_images
+
+    files = find_images(options.images)
+    detector, extractor = open_detector(options.detector, options.classifier, runtime)
+    spec = detector.spec
+    window = read_images(files, spec.image_size, spec.crop_mode, spec.interpolation)
+    if len(window.images) < SMALLEST_WINDOW:
+        reasons = "".join(f"\n  {printable(f'{name}: {reason}')}" for name, reason in window.skipped[:5])
+        raise InputError(
+            f"{' '.join(options.images)}: {len(window.images)} readable image{'s' * (len(window.images) != 1)}; "
+            f"nothing can be said of fewer than {SMALLEST_WINDOW}{reasons}"
+        )
+    features = extractor.features(window.images)
+    judgement = detector.judge(features, extractor.adapted_to_all(window.images))
+    population = detector.population(features)
+    oddness = detector.oddness(population)
+    strangest = oddness.argsort(kind="stable")[::-1][: options.top]
+    report = as_json(judgement, detector, len(window.images)) | {
+        "images": [
+            {
+                "path": window.names[row],
+                "oddness": round(float(oddness[row]), 3),
+                "predicted": extractor.spec.classes[int(population.classes[row])],
+            }
+            for row in strangest
+        ],
+        "skipped": [{"path": name, "reason": reason} for name, reason in window.skipped],
+    }
+    print(in_words(report))
+    if options.json:
+        write_json(options.json, report)
+    if options.html:
+        from tools.monitor.page import page
+
+        write_text(options.html, page(report, [window.images[row] for row in strangest]))
+    return EXIT_STATUS[judgement.status]
+
+
+def _watch(options: argparse.Namespace, runtime: RuntimeParams) -> int:
+    """A verdict on each window of a stream, until it ends or is interrupted."""
+    from stages.core.production import printable
+    from tools.monitor.stream import judge_stream, open_stream, stream_alpha
+
+    files = open_stream(options.images, options.idle)
+    detector, extractor = open_detector(options.detector, options.classifier, runtime)
+    alpha = stream_alpha(detector, options.window, options.run_length)
+    print(
+        f"monitor: windows of {options.window}, a false alarm every {options.run_length:,} images on average "
+        f"(alpha {alpha:g} a window)",
+        flush=True,
+    )
+    worst = 0
+    try:
+        for number, names, judgement in judge_stream(detector, extractor, files, options.window, options.run_length):
+            shift = ", label shift" if judgement.class_shift else ""
+            print(
+                f"window {number}, {printable(names[0])} to {printable(names[-1])}: {judgement.status} "
+                f"(p = {judgement.p_value:.4f}{shift}), "
+                f"estimated accuracy {judgement.accuracy:.3f} ({judgement.low:.3f} to {judgement.high:.3f})",
+                flush=True,
+            )
+            worst = max(worst, EXIT_STATUS[judgement.status])
+    except KeyboardInterrupt:
+        pass  # the way to end a stream
+    return worst
+
+
+def open_detector(folder: Path, classifier: Path, runtime: RuntimeParams) -> tuple[Detector, Extractor]:
+    """The detector and the classifier that it was calibrated for."""
+    from stages.core import detector as detectors
+    from stages.core import device, model, precision
+    from stages.core.features import Extractor
+
+    detector = detectors.load(folder)
+    where = device.set_up(runtime)
+    network, spec = model.load(classifier, where)
+    if spec.class_ids != detector.spec.class_ids:
+        raise InputError(
+            f"{folder} was calibrated for {len(detector.spec.class_ids)} classes "
+            f"({', '.join(detector.spec.class_ids[:3])}, ...), {classifier} has {len(spec.class_ids)} "
+            f"({', '.join(spec.class_ids[:3])}, ...): run `dvc repro drift`, or name the detector of this classifier"
+        )
+    return detector, Extractor(network, spec, precision.resolve(detector.spec.precision, where), where)
+
+
+def as_json(judgement: Judgement, detector: Detector, num_images: int) -> dict[str, Any]:
+    """The report as JSON has it: probabilities and accuracies as shares."""
+    spec = detector.spec
+    return {
+        "status": judgement.status,
+        "num_images": num_images,
+        "num_tested": judgement.num_tested,
+        "p_value": judgement.p_value,
+        "alpha": spec.alpha,
+        "estimated_accuracy": round(judgement.accuracy, 4),
+        "interval": [round(judgement.low, 4), round(judgement.high, 4)],
+        "clean_accuracy": round(spec.baselines.accuracy, 4),
+        "estimated_drop": round(judgement.drop, 4),
+        "max_drop": spec.max_drop,
+        "label_shift": {"detected": judgement.class_shift, "p_value": judgement.class_p_value},
+        "moved": [
+            {"measure": moved.name, "shift": round(moved.shift, 3), "evidence": round(moved.evidence, 2)}
+            for moved in judgement.moved[:8]
+        ],
+    }
+
+
+def in_words(report: dict[str, Any]) -> str:
+    """The report for a terminal."""
+    from stages.core.production import printable
+
+    low, high = report["interval"]
+    lines = [
+        f"monitor: {report['status']}: {_WORDS[report['status']]} in {report['num_images']} images "
+        f"(p = {report['p_value']:.4f}, alpha {report['alpha']:g})",
+        f"  estimated accuracy {report['estimated_accuracy']:.3f} (95 %: {low:.3f} to {high:.3f}), "
+        f"{report['clean_accuracy']:.3f} on clean images; a drop of more than {report['max_drop']:g} is harm",
+    ]
+    shift = report["label_shift"]
+    if shift["detected"]:
+        why = "" if report["status"] == "ok" else ", which the drift may have caused"
+        lines.append(f"  label shift: the mix of predicted classes changed (p = {shift['p_value']:.4f}){why}")
+    if report["num_tested"] < report["num_images"]:
+        lines.append(f"  {report['num_tested']} of the images were compared")
+    if report["skipped"]:
+        left_out = ", ".join(printable(each["path"]) for each in report["skipped"][:5])
+        lines.append(f"  left out, cannot be read: {left_out}")
+    if report["status"] != "ok":
+        moved = [f"{row['measure']} {row['shift']:+.1f}" for row in report["moved"][:5]]
+        lines.append(f"  moved most (in standard deviations): {', '.join(moved)}")
+        lines.append(f"  strangest: {', '.join(printable(row['path']) for row in report['images'][:3])}")
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tools.monitor", description=__doc__.split("\n\n")[0])
+    parser.add_argument("images", nargs="+", metavar="IMAGES", help="folder, archive, image file or packed .npy")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a self-contained page with pictures")
+    parser.add_argument("--top", type=int, default=12, metavar="N", help="how many strange images to show (12)")
+    parser.add_argument("--classifier", type=Path, default=Path("models/classifier"), metavar="DIR")
+    parser.add_argument("--detector", type=Path, default=Path("models/drift"), metavar="DIR")
+    parser.add_argument("--stream", action="store_true", help="judge one window after the other, as images come")
+    parser.add_argument("--window", type=int, default=25, metavar="N", help="images in a window of the stream (25)")
+    parser.add_argument("--run-length", type=int, default=10_000, metavar="N", help="images to a false alarm (10000)")
+    parser.add_argument("--idle", type=float, metavar="S", help="end the stream after S seconds without an image")
+    return parser
+
+
+def run() -> None:
+    """The body of the process."""
+    run_main(main, "monitor")

@@ -1,0 +1,397 @@
+"""When drift does harm: retrain on labelled drifted images, prove that it helped, and only then promote the new model.
+
+    python -m tools.retrain IMAGES --labels FOLDER     labelled drifted images: <class>/*, or train/ and val/ of these
+    python -m tools.retrain IMAGES --simulate fog:5    a trial: the pipeline's own images, corrupted
+
+IMAGES are those that production sees (what tools.monitor takes). Unless the monitor calls their drift harmful, nothing
+is done. Else a DVC experiment trains on the images of the pipeline and the labelled ones; its model is promoted (a
+commit, and a version in the registry) if it wins back what was lost, keeps what was there, and ends the alarm.
+Otherwise the workspace, the branch and the tags stay as they are. docs/RETRAINING.md explains.
+
+Exit status: 0 promoted, or nothing to do; 1 not promoted; 2 bad input. Killed at any point: run the same command again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from stages.core.archive import Limits
+from stages.core.corruptions import FAMILIES, SEVERITIES
+from stages.core.dataset import load_meta
+from stages.core.errors import InputError, run_main
+from stages.core.output import write_bytes, write_json
+from stages.core.params import Section, load_params
+from stages.core.recipe import ModelParams, TrainParams
+from stages.core.runtime import RuntimeParams, cache_dir
+from stages.evaluate import EvaluateParams
+from stages.extract import DataParams
+from tools.monitor import command as monitor
+from tools.retrain import experiment, labelled
+
+CLASSIFIER, DETECTOR, PROCESSED = "models/classifier", "models/drift", "data/processed"
+_VERDICTS = {status: verdict for verdict, status in monitor.EXIT_STATUS.items()}
+_ROUNDING = 1e-9  # 0.90 - 0.88 is more than 0.02 in floating point
+_WEIGHTS = re.compile(r"retrain/weights-[0-9a-f]{16}\.safetensors$")  # a copy that a retraining started from
+
+
+class RetrainParams(Section):
+    """The `retrain` section of params.yaml."""
+
+    epochs: Annotated[int, Field(ge=1)]
+    lr: Annotated[float, Field(gt=0)]
+    warmup_epochs: Annotated[float, Field(ge=0)]
+    held_out: Annotated[float, Field(gt=0, lt=1)]
+    simulated_share: Annotated[float, Field(gt=0, le=1)]
+    min_recovered: Annotated[float, Field(ge=0, le=1)]
+    max_clean_loss: Annotated[float, Field(ge=0, le=1)]
+
+    @model_validator(mode="after")
+    def _warms_up_in_time(self) -> RetrainParams:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs: {self.warmup_epochs} must be less than epochs ({self.epochs})")
+        return self
+
+
+class Params(Section):
+    """What retraining reads of params.yaml."""
+
+    data: DataParams
+    model: ModelParams
+    train: TrainParams
+    evaluate: EvaluateParams
+    retrain: RetrainParams
+    runtime: RuntimeParams
+
+
+@dataclass(frozen=True)
+class Accuracies:
+    """Top-1 of the model at work and of the new one, on clean validation images and on held-out drifted ones."""
+
+    clean_before: float
+    clean_after: float
+    drifted_before: float
+    drifted_after: float
+    num_clean: int
+    num_drifted: int
+
+    @property
+    def lost(self) -> float:
+        """What the drift costs the model at work."""
+        return self.clean_before - self.drifted_before
+
+    @property
+    def recovered(self) -> float | None:
+        """Share of it that the new model wins back; None where nothing was lost."""
+        return (self.drifted_after - self.drifted_before) / self.lost if self.lost > 0 else None
+
+    @property
+    def clean_loss(self) -> float:
+        """What the new model loses on clean images."""
+        return self.clean_before - self.clean_after
+
+
+def objection(found: Accuracies, params: RetrainParams) -> str | None:
+    """Why the new model must not be promoted, or None."""
+    if found.recovered is None:
+        return (
+            f"the labelled images show no damage: top-1 is {found.drifted_before:.4f} on them and "
+            f"{found.clean_before:.4f} on clean ones; they are not what production sees, or the alarm was false"
+        )
+    reasons = []
+    if found.recovered < params.min_recovered - _ROUNDING:
+        reasons.append(
+            f"{found.recovered:.0%} of the lost accuracy came back ({found.drifted_before:.4f} to "
+            f"{found.drifted_after:.4f} on held-out drifted images); retrain.min_recovered asks for "
+            f"{params.min_recovered:.0%}"
+        )
+    if found.clean_loss > params.max_clean_loss + _ROUNDING:
+        reasons.append(
+            f"clean top-1 fell by {found.clean_loss:.4f} ({found.clean_before:.4f} to {found.clean_after:.4f}); "
+            f"retrain.max_clean_loss allows {params.max_clean_loss:g}"
+        )
+    return "; ".join(reasons) or None
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Ask the monitor, and do what its verdict asks for."""
+    params = load_params(Params)
+    simulated = simulation(arguments.simulate) if arguments.simulate else None
+    # What the command is about: a promotion that was broken off is this command's, or another one's.
+    summary: dict[str, Any] = {
+        "images": str(Path(arguments.images).absolute()),
+        "labels": str(Path(arguments.labels).absolute()) if arguments.labels else None,
+        "simulate": arguments.simulate,
+        "start": arguments.start,
+    }
+    with experiment.only_run() as lock, tempfile.TemporaryDirectory(prefix="retrain-") as scratch:
+        finished = experiment.finish_promotion()
+        if finished is not None:
+            print(f"retrain: the promotion of {finished['experiment']}, which was broken off, is finished")
+            if all(finished[key] == value for key, value in summary.items()):
+                return _report(arguments, finished)
+            experiment.forget_promotion()
+        head = experiment.check_repository()
+        with _labelled_images(arguments.labels, simulated, params, Path(scratch)) as images:
+            verdict = _ask_monitor(arguments.images, Path(scratch))
+            summary["monitor"] = verdict
+            if verdict["status"] != "harmful":
+                return _report(arguments, summary | {"decision": "nothing to do", "reason": _no_harm(verdict)})
+            print(f"retrain: harmful drift, {_numbers(verdict)}", flush=True)
+            overrides = _overrides(arguments.start, params, images, head)
+        return _report(arguments, _retrain(summary, images, overrides, params, head, lock, Path(scratch)))
+
+
+def _retrain(
+    summary: dict[str, Any],
+    images: labelled.LabelledSet,
+    overrides: dict[str, experiment.Value],
+    params: Params,
+    head: str,
+    lock: int,
+    scratch: Path,
+) -> dict[str, Any]:
+    """Run the experiment, judge its model, promote it or leave everything as it was. Returns the whole summary."""
+    name = experiment.experiment_name(head, overrides)
+    num_train, num_held_out = images.count("train"), images.count("val")
+    print(
+        f"retrain: {num_train:,} labelled images to train on, {num_held_out:,} held out; experiment {name}", flush=True
+    )
+    summary |= {
+        "labelled": {"origin": images.origin, "key": images.key, "num_train": num_train, "num_held_out": num_held_out},
+        "overrides": overrides,
+        "experiment": name,
+        "commit_before": head,
+        "limits": {key: getattr(params.retrain, key) for key in ("min_recovered", "max_clean_loss")},
+    }
+    try:
+        commit = experiment.run_experiment(name, head, overrides, lock)
+        new = scratch / "new"
+        wanted = [f"{PROCESSED}/{file}" for file in ("val_images.npy", "val_labels.npy", "meta.json", "files.json")]
+        experiment.fetch(commit, [CLASSIFIER, DETECTOR, *wanted], new)
+    except experiment.ExperimentError as error:
+        return summary | {"decision": "not promoted", "reason": str(error)}
+
+    found = _measure(new, images.key, params)
+    summary |= {
+        "experiment_commit": commit,
+        "accuracy": vars(found),
+        "lost": found.lost,
+        "recovered_share": found.recovered,
+        "clean_loss": found.clean_loss,
+    }
+    if reason := objection(found, params.retrain):
+        return summary | {"decision": "not promoted", "reason": reason}
+    try:
+        confirmation = _ask_monitor(summary["images"], scratch, new / CLASSIFIER, new / DETECTOR)
+    except InputError as error:
+        reason = f"the monitor refuses the new model and its reference: {error}"
+        return summary | {"decision": "not promoted", "reason": reason}
+    summary["confirmation"] = confirmation
+    if confirmation["status"] == "harmful":
+        reason = (
+            f"the monitor still calls the drift harmful with the new model and its reference: {_numbers(confirmation)}"
+        )
+        return summary | {"decision": "not promoted", "reason": reason}
+
+    reason = (
+        f"{found.recovered:.0%} of the lost accuracy is back: top-1 {found.drifted_before:.4f} to "
+        f"{found.drifted_after:.4f} on held-out drifted images, {found.clean_before:.4f} to {found.clean_after:.4f} on "
+        f"clean ones; the monitor says {confirmation['status']}"
+    )
+    message = f"Retrain on drifted images\n\n{reason}.\nExperiment {name}, images of {Path(images.origin).name}."
+    try:
+        return experiment.promote(head, commit, message, summary | {"decision": "promoted", "reason": reason})
+    except experiment.ExperimentError as error:
+        return summary | {"decision": "not promoted", "reason": str(error)}
+
+
+# --- the parts ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _labelled_images(
+    labels: str, simulated: tuple[str, int] | None, params: Params, scratch: Path
+) -> Iterator[labelled.LabelledSet]:
+    if simulated is not None:
+        yield labelled.simulate(*simulated, params.retrain.simulated_share)
+        return
+    data = params.data
+    limits = Limits(files=data.max_files, total_bytes=data.max_bytes, ratio=data.max_ratio)
+    classes = load_meta().class_ids
+    with labelled.open_folder(Path(labels).expanduser(), limits, scratch, classes, params.retrain.held_out) as images:
+        yield images
+
+
+def simulation(text: str) -> tuple[str, int]:
+    """The kind and severity of KIND:SEVERITY; InputError naming the choices."""
+    kind, _, severity = text.partition(":")
+    if kind not in FAMILIES or severity not in map(str, SEVERITIES):
+        raise InputError(
+            f"{text!r} is not KIND:SEVERITY (kinds: {', '.join(FAMILIES)}; "
+            f"severities: {', '.join(map(str, SEVERITIES))})"
+        )
+    return kind, int(severity)
+
+
+def _ask_monitor(
+    images: str, scratch: Path, classifier: Path | None = None, detector: Path | None = None
+) -> dict[str, Any]:
+    """The verdict of tools.monitor on the production images; by default of the workspace's model and detector."""
+    out = scratch / "verdict.json"
+    out.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "tools.monitor", str(images), "--json", str(out)]
+    if classifier is not None and detector is not None:
+        command += ["--classifier", str(classifier), "--detector", str(detector)]
+    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)  # noqa: S603
+    words = (result.stderr or result.stdout).strip()
+    if result.returncode == 2:
+        raise InputError(words.removeprefix("monitor: error: "))
+    if result.returncode not in _VERDICTS or not out.exists():
+        raise RuntimeError(f"the monitor ended with exit status {result.returncode}: {words}")
+    verdict: dict[str, Any] = json.loads(out.read_text())
+    if verdict["status"] != _VERDICTS[result.returncode]:
+        raise RuntimeError(f"the monitor says {verdict['status']}, but its exit status is {result.returncode}")
+    keys = ("status", "num_images", "p_value", "alpha", "estimated_accuracy", "interval", "clean_accuracy",
+            "estimated_drop", "max_drop", "label_shift")  # fmt: skip
+    return {key: verdict[key] for key in keys}
+
+
+def _overrides(
+    start: Literal["current", "scratch"], params: Params, images: labelled.LabelledSet, head: str
+) -> dict[str, experiment.Value]:
+    """What the experiment changes of params.yaml; writes the files that these name."""
+    present = labelled.current_extra() if params.data.extra is not None else []
+    folder = cache_dir(params.runtime) / "retrain"
+    archive = labelled.write_archive(images, present, folder)
+    overrides: dict[str, experiment.Value] = {
+        "data.extra": _portable(archive.path, params.runtime),
+        "data.extra_sha256": archive.sha256,
+    }
+    if start == "scratch":
+        return overrides | _recipe_from_scratch(head)
+    weights = (Path(CLASSIFIER) / "model.safetensors").read_bytes()
+    copy = folder / f"weights-{hashlib.sha256(weights).hexdigest()[:16]}.safetensors"
+    write_bytes(copy, weights)
+    return overrides | {
+        "model.weights": _portable(copy, params.runtime),
+        "model.pretrained": False,
+        "train.epochs": params.retrain.epochs,
+        "train.lr": params.retrain.lr,
+        "train.warmup_epochs": params.retrain.warmup_epochs,
+    }
+
+
+def _recipe_from_scratch(head: str) -> dict[str, experiment.Value]:
+    """What made the last model that was not itself retrained from another one."""
+    original = experiment.params_when(lambda params: not _WEIGHTS.search(params["model"]["weights"] or ""), head)
+    if original is None:
+        raise InputError(
+            "--start scratch: no commit here has a model.weights that is not of a retraining; set model.weights to "
+            "null and train.epochs, train.lr and train.warmup_epochs to what a whole run needs, `dvc repro`, and commit"
+        )
+    keys = ("model.weights", "model.pretrained", "train.epochs", "train.lr", "train.warmup_epochs")
+    return {key: original[section][name] for key in keys for section, name in [key.split(".")]}
+
+
+def _portable(path: Path, runtime: RuntimeParams) -> str:
+    """A path below the cache as params.yaml should have it: with its ~, where `runtime.cache_dir` has one."""
+    if runtime.cache_dir.startswith("~"):
+        return f"{runtime.cache_dir}/{path.relative_to(cache_dir(runtime)).as_posix()}"
+    return str(path)
+
+
+def _measure(new: Path, key: str, params: Params) -> Accuracies:
+    """Both models on both kinds of images, which all are in the experiment's pack."""
+    import numpy as np
+    import torch
+
+    from stages.core import device, inference, model, precision
+    from stages.core.dataset import Split, load_split
+    from stages.core.loader import evaluation_batches, open_source
+    from stages.core.source import EXTRA_PREFIX, is_extra
+
+    meta = load_meta(new / PROCESSED)
+    split = load_split("val", meta, new / PROCESSED)
+    names: list[str] = json.loads((new / PROCESSED / "files.json").read_text())["val"]
+    rows = {
+        "clean": np.flatnonzero([not is_extra(name) for name in names]),
+        "drifted": np.flatnonzero([name.split("/")[1].startswith(f"{EXTRA_PREFIX}{key}-") for name in names]),
+    }
+    where = device.set_up(params.runtime)
+    policy = precision.resolve(params.evaluate.precision, where)
+    top1: dict[tuple[str, str], float] = {}
+    for age, folder in (("before", Path(CLASSIFIER)), ("after", new / CLASSIFIER)):
+        network, spec = model.load(folder, where)
+        for kind, some in rows.items():
+            part = Split(split.images[some], split.labels[some])
+            source = open_source(part, where, False, 0)
+            batches = evaluation_batches(
+                source, spec.mean, spec.std, spec.image_size, params.evaluate.batch_size, policy.dtype
+            )
+            predicted = inference.predict(network, batches, policy).argmax(dim=1)
+            top1[kind, age] = (predicted == torch.from_numpy(part.labels)).double().mean().item()
+    return Accuracies(
+        top1["clean", "before"], top1["clean", "after"], top1["drifted", "before"], top1["drifted", "after"],
+        len(rows["clean"]), len(rows["drifted"]),
+    )  # fmt: skip
+
+
+# --- words --------------------------------------------------------------------------------------------------------
+
+
+def _no_harm(verdict: dict[str, Any]) -> str:
+    what = {"ok": "no drift", "benign": "drift, but it does no harm"}[verdict["status"]]
+    shift = verdict["label_shift"]
+    mix = f"; the mix of classes changed (p {shift['p_value']:.2g})" if shift["detected"] else ""
+    return f"{what}: {_numbers(verdict)}{mix}"
+
+
+def _numbers(verdict: dict[str, Any]) -> str:
+    low, high = verdict["interval"]
+    return (
+        f"{verdict['num_images']:,} images, p {verdict['p_value']:.2g}, estimated accuracy "
+        f"{verdict['estimated_accuracy']:.3f} ({low:.3f} to {high:.3f}), clean {verdict['clean_accuracy']:.3f}"
+    )
+
+
+def _report(arguments: argparse.Namespace, summary: dict[str, Any]) -> int:
+    """Say and write what came of it; returns the exit status."""
+    decision = summary["decision"]
+    tag = f" as {summary['tag']}" if summary.get("tag") else ""
+    kept = "; the model at work stays" if decision == "not promoted" else ""
+    print(f"retrain: {decision}{tag}: {summary['reason']}{kept}", flush=True)
+    if arguments.json:
+        write_json(Path(arguments.json), summary)
+    experiment.forget_promotion()
+    return 1 if decision == "not promoted" else 0
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="retrain", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("images", help="production images, as tools.monitor takes them")
+    labels = parser.add_mutually_exclusive_group(required=True)
+    labels.add_argument("--labels", help="folder or archive of labelled drifted images: <class>/*, or train/ and val/")
+    labels.add_argument("--simulate", metavar="KIND:SEVERITY", help="a trial: the pipeline's own images, corrupted")
+    parser.add_argument(
+        "--start", choices=("current", "scratch"), default="current", help="weights to start from (current)"
+    )
+    parser.add_argument("--json", help="file for all numbers and the decision")
+    return parser.parse_args()
+
+
+def run() -> None:
+    """The body of the process."""
+    run_main(lambda: main(_parse()), "retrain")

@@ -1,0 +1,188 @@
+"""DVC's experiment queue, as a sweep needs it: queue one, watch it run, stop it, read its metrics.
+
+`dvc queue start` runs queued experiments in daemons of their own, each in a folder below .dvc/tmp/exps. What DVC knows
+of a task it keeps in .dvc/tmp/exps/run/<stash commit>/: `*.run` (name, folder, status), `*.json` (process), `*.out`
+(its words). Reading these costs nothing, where `dvc queue status` takes a second of CPU time.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from stages.core.errors import InputError
+from tools.shared.commands import environment
+
+_TASKS = Path(".dvc/tmp/exps/run")
+_DAEMONS = Path(".dvc/tmp/exps/celery")
+_FAILED, _CANCELED, _FINISHED = 4, 5, 6  # dvc.repo.experiments.executor.base.TaskStatus; 2 is running
+
+State = Literal["waiting", "running", "succeeded", "failed", "lost"]  # lost: killed together with its daemon
+
+
+@dataclass(frozen=True)
+class Task:
+    """One experiment of the queue, as it is now."""
+
+    state: State
+    folder: Path | None = None  # where it runs
+    process: int | None = None  # the dvc that runs its stages
+    log: Path | None = None
+
+
+def queue(name: str, words: Sequence[str], target: str, lock: int) -> None:
+    """Queue an experiment that runs the pipeline up to `target`; InputError with dvc's words when it refuses.
+
+    For some moments dvc changes params.yaml in the workspace and puts it back. So it gets a session of its own (an
+    interrupt of ours does not reach it), and inherits the lock: nobody begins before it is done.
+    """
+    _dvc("exp", "run", "--queue", "--name", name, *words, target, lock=lock)
+
+
+def start_workers(count: int, trust: bool = True) -> None:
+    """See to it that so many daemons take tasks from the queue; they end when it has been empty for 10 seconds.
+
+    dvc asks the daemons, which takes seconds; with `trust`, those whose process lives need not be asked.
+    """
+    pids = [_json(path).get("pid") for path in _DAEMONS.glob("dvc-exp-worker-*.json") if _returned(path) is None]
+    if not trust or sum(psutil.pid_exists(pid) for pid in pids if pid) < count:
+        _dvc("queue", "start", "--jobs", str(count))
+
+
+def look(name: str) -> Task:
+    """The state of the experiment."""
+    found = [(path, info) for path in _TASKS.glob("*/*.run") if (info := _json(path)).get("name") == name]
+    if not found:
+        return Task("waiting")
+    path, info = max(found, key=lambda pair: pair[0].stat().st_mtime)
+    process = _json(path.with_suffix(".json"))
+    state: State = "running"
+    if info["status"] == _FINISHED:
+        state = "succeeded" if info["result_ref"] else "failed"
+    elif info["status"] in (_FAILED, _CANCELED) or _returned(path.with_suffix(".json")):
+        state = "failed"
+    elif process and _returned(path.with_suffix(".json")) is None and not psutil.pid_exists(process["pid"]):
+        state = "lost"
+    return Task(state, Path(info["root_dir"]), process.get("pid"), path.with_suffix(".out"))
+
+
+def listed() -> dict[str, str]:
+    """`Queued`, `Running`, `Success` or `Failed`, by name, as `dvc queue status` has it."""
+    rows = re.findall(r"^[0-9a-f]{7} +(\S+) .* (\w+) *$", _dvc("queue", "status"), flags=re.MULTILINE)
+    return dict(rows)
+
+
+def stop(name: str, kill: bool = False) -> bool:
+    """Ask the running stage of an experiment to stop, which makes the experiment fail; whether one was there to ask.
+
+    `kill`: do not ask.
+
+    Not `dvc queue kill`: it interrupts the whole process group, and so ends the daemon too, which then takes no further
+    task.
+    """
+    process = look(name).process
+    try:
+        children = psutil.Process(process).children(recursive=True) if process else []
+        for child in children:
+            child.kill() if kill else child.terminate()
+    except psutil.NoSuchProcess:
+        return False
+    return bool(children)
+
+
+def remove(names: Sequence[str]) -> None:
+    """Take experiments off the queue, waiting or failed; results of those that succeeded are untouched."""
+    if names:
+        there = [name for name, state in listed().items() if name in names and state in ("Queued", "Failed")]
+        if there:  # dvc removes none when it misses one
+            _dvc("queue", "remove", *there, check=False)
+
+
+def clear(name: str) -> None:
+    """Remove the folder that an experiment ran in, which stays behind when its dvc was killed."""
+    if (folder := look(name).folder) is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def reason(log: Path | None) -> str:
+    """Why an experiment failed: the line in which its stage says so, else dvc's last one."""
+    lines = log.read_text(errors="replace").splitlines() if log is not None and log.exists() else []
+    words = [line.strip() for line in lines if line.strip()]
+    said = [line for line in words if re.match(r"[\w.]+: (error: )?|[\w.]*Error", line) and "error" in line.lower()]
+    # dvc's own "ERROR: failed to reproduce" only says that the stage failed.
+    said = [line for line in said if not line.startswith("ERROR: failed to reproduce")] or said or words
+    return said[-1] if said else "it left no words; `dvc queue logs` may have some"
+
+
+def experiments(pattern: str) -> dict[str, str]:
+    """The commits of finished experiments, on any commit, by name; `pattern` as in git for-each-ref."""
+    lines = _git("for-each-ref", "--format=%(refname) %(objectname)", f"refs/exps/*/*/{pattern}").splitlines()
+    return {line.split()[0].rsplit("/", 1)[-1]: line.split()[1] for line in lines}
+
+
+def file_of(commit: str, path: str) -> str:
+    """A text file that git tracks, as it is in `commit`."""
+    return _git("show", f"{commit}:{path}")
+
+
+def number_in(text: str, key: Sequence[str], where: str) -> float:
+    """A number in JSON; InputError, which names `where`, when it is not there."""
+    content: Any = json.loads(text)
+    for part in key:
+        if not isinstance(content, dict) or part not in content:
+            valid = f" (valid: {', '.join(content)})" if isinstance(content, dict) else ""
+            raise InputError(f"{where}: no {part!r} in it{valid}")
+        content = content[part]
+    if isinstance(content, bool) or not isinstance(content, (int, float)):
+        raise InputError(f"{where}: {content!r} is no number")
+    return float(content)
+
+
+def _returned(path: Path) -> int | None:
+    """The exit status in a `*.json` of a process; None while it runs."""
+    status = _json(path).get("returncode")
+    return status if isinstance(status, int) else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):  # being written
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _git(*arguments: str) -> str:
+    result = subprocess.run(["git", *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL)  # noqa: S603, S607
+    if result.returncode:
+        raise InputError(f"`git {' '.join(arguments[:2])}` failed: {result.stderr.strip()}")
+    return result.stdout
+
+
+def _dvc(*arguments: str, lock: int | None = None, check: bool = True) -> str:
+    # Into a file: the daemons inherit what dvc writes to, and a pipe would be at its end with the last of them only.
+    with tempfile.TemporaryFile("w+") as output:
+        result = subprocess.run(  # noqa: S603
+            [sys.executable, "-m", "dvc", *arguments],
+            env=environment(),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            pass_fds=() if lock is None else (lock,),
+        )
+        output.seek(0)
+        said = output.read().strip()
+    if result.returncode and check:
+        raise InputError(f"`dvc {' '.join(arguments[:3])}` failed: {said}")
+    return said
