@@ -13,7 +13,7 @@ from tests.gdrive.conftest import command, put_key, set_folder
 from tests.gdrive.drive import FOLDER_ID
 from tests.gdrive.keys import Account, make_certificates
 from tests.gdrive.server import HOSTS, StandIn
-from tests.helpers import ROOT, copy_of_checkout, files, run
+from tests.helpers import ROOT, copy_of_checkout, files, run, start
 
 
 def explained() -> list[str]:
@@ -26,7 +26,9 @@ def explained() -> list[str]:
 @pytest.mark.slow  # minutes: it installs all packages
 def test_a_fresh_environment_pushes_and_its_complaints_are_explained(tmp_path: Path) -> None:
     checkout = copy_of_checkout(tmp_path / "checkout")
-    run(checkout, "make", "setup")
+    installation = start(checkout, "make", "setup")
+    output, _ = installation.communicate(timeout=1800)  # two minutes, where nothing else runs
+    assert installation.returncode == 0, output
     fresh = checkout / ".venv/bin"
     alone = {"PATH": f"{fresh}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": ""}  # and not of this environment
     imported = "import dvc, dvc_gdrive, pydrive2.fs; print(dvc.__file__, dvc_gdrive.__file__, pydrive2.fs.__file__)"
