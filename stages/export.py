@@ -50,7 +50,7 @@ def main(params: Params) -> None:
     from stages.core import device, inference, model, onnx_export, onnx_model, precision
     from stages.core.dataset import load_meta, load_split
     from stages.core.loader import evaluation_batches, open_source
-    from stages.core.output import replace_directory, write_json
+    from stages.core.output import replace_directory, sha256_of, write_json
     from stages.core.progress import stage_summary
 
     meta = load_meta()
@@ -60,7 +60,7 @@ def main(params: Params) -> None:
     if spec.class_ids != meta.class_ids:
         raise InputError(f"{model.CLASSIFIER} was trained on other classes than data/processed has; run `dvc repro`")
     onnx_spec = onnx_model.OnnxSpec.model_validate(
-        spec.model_dump()
+        spec.model_dump(exclude={"sha256"})
         | {"image_size": meta.image_size, "network_size": spec.image_size}
         | {"crop_mode": meta.crop_mode, "interpolation": meta.interpolation}
     )
@@ -78,6 +78,7 @@ def main(params: Params) -> None:
     with stage_summary("export") as made:
         with replace_directory(onnx_model.ONNX) as out:
             onnx_export.export(network, onnx_spec, out / "model.onnx")
+            onnx_spec = onnx_spec.model_copy(update={"sha256": sha256_of(out / "model.onnx")})
             write_json(out / "model.json", onnx_spec.model_dump())
             start = time.perf_counter()
             exported = onnx_model.load(out, num_threads(params.runtime))

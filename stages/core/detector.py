@@ -29,7 +29,7 @@ from stages.core.errors import InputError
 from stages.core.features import Features
 from stages.core.image import CropMode, Interpolation
 from stages.core.measures import Projection, measure_names
-from stages.core.output import disk_errors, replace_directory, write_json
+from stages.core.output import check_unaltered, disk_errors, replace_directory, sha256_of, write_json
 from stages.core.params import Section
 from stages.core.recipe import Precision
 from stages.core.two_sample import (
@@ -80,6 +80,7 @@ class DetectorSpec(Section):
     class_accuracy: list[float]  # share of the clean images predicted as each class that are right
     damage: list[SizedDamage]  # by window size
     adapts: bool  # whether the model has batch norms, so that it can be asked a second time
+    sha256: str | None = None  # of arrays.safetensors; None before it is saved
 
 
 class Moved(NamedTuple):
@@ -259,7 +260,8 @@ def save(folder: Path, detector: Detector) -> None:
     with replace_directory(folder) as out:
         with disk_errors(folder):
             save_file({name: np.ascontiguousarray(each) for name, each in arrays.items()}, out / "arrays.safetensors")
-        write_json(out / "detector.json", detector.spec.model_dump())
+        spec = detector.spec.model_copy(update={"sha256": sha256_of(out / "arrays.safetensors")})
+        write_json(out / "detector.json", spec.model_dump())
 
 
 def load(folder: Path = DETECTOR) -> Detector:
@@ -276,9 +278,11 @@ def load(folder: Path = DETECTOR) -> Detector:
         arrays = load_file(path)
         projection = Projection(**{name: arrays[f"projection.{name}"] for name in Projection._fields})
         threshold = Population(arrays["threshold.values"], arrays["threshold.classes"])
-        return build(spec, projection, threshold)
+        detector = build(spec, projection, threshold)
     except (OSError, SafetensorError, KeyError, IndexError, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {error}; run `dvc repro drift`") from None
+    check_unaltered(path, spec.sha256, "drift")
+    return detector
 
 
 def _counts(classes: Indices, num_classes: int) -> Indices:

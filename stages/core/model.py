@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stages.core.errors import InputError
-from stages.core.output import disk_errors, replace_directory, write_json
+from stages.core.output import check_unaltered, disk_errors, replace_directory, sha256_of, write_json
 from stages.core.params import Section
 from stages.core.recipe import ModelParams
 
@@ -30,6 +30,7 @@ class ModelSpec(Section):
     image_size: int  # side in pixels of the network's input
     mean: list[float]  # per RGB channel, of pixel values scaled to [0, 1]
     std: list[float]
+    sha256: str | None = None  # of model.safetensors; None before it is saved
 
 
 def create(params: ModelParams, num_classes: int, seed: int) -> nn.Module:
@@ -88,11 +89,12 @@ def _load_weights(model: nn.Module, path: Path) -> None:
 
 
 def save(folder: Path, model: nn.Module, spec: ModelSpec) -> None:
-    """Write a model directory (model.safetensors, model.json) that appears whole or not at all."""
+    """Write a model directory (model.safetensors, and model.json with its checksum); it appears whole or not at all."""
     with replace_directory(folder) as out:
         state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
         with disk_errors(folder):
             save_file(state, out / "model.safetensors")
+        spec = spec.model_copy(update={"sha256": sha256_of(out / "model.safetensors")})
         write_json(out / "model.json", spec.model_dump())
 
 
@@ -116,6 +118,7 @@ def load(folder: Path, device: torch.device) -> tuple[nn.Module, ModelSpec]:
         model.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise InputError(f"{path}: cannot be loaded into {spec.architecture}: {_first_line(error)}") from None
+    check_unaltered(path, spec.sha256, "train")
     return model.eval().to(device).to(memory_format=torch.channels_last), spec
 
 

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from stages.core.errors import InputError
 from stages.core.image import CropMode, Interpolation
+from stages.core.output import check_unaltered
 from stages.core.params import Section
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class OnnxSpec(Section):
     network_size: int  # side in pixels of the network's input, to which the graph resizes them
     mean: list[float]  # per RGB channel, of pixel values scaled to [0, 1]; in the graph, here to be read
     std: list[float]
+    sha256: str | None = None  # of model.onnx; None before it is written
 
 
 @dataclass(frozen=True)
@@ -92,4 +94,5 @@ def load(folder: Path, threads: int) -> OnnxModel:
     shapes = [value.shape[1:] for value in (*session.get_inputs(), *session.get_outputs())]
     if shapes != [[spec.image_size, spec.image_size, 3], [len(spec.classes)]]:
         raise InputError(f"{path}: its input and output {shapes} are not those of model.json; run `dvc repro export`")
+    check_unaltered(path, spec.sha256, "export")
     return OnnxModel(spec, session)

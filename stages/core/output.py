@@ -1,7 +1,11 @@
-"""Outputs appear whole or not at all: everything is written beside its place, then renamed into it."""
+"""Outputs appear whole or not at all: everything is written beside its place, then renamed into it.
+
+And whoever opens one that carries a checksum can ask whether it still is what was written.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -10,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from stages.core.errors import InputError
 
 
 @contextmanager
@@ -53,6 +59,27 @@ def write_text(path: Path, content: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write readable JSON; NaN and infinity, which JSON does not have, raise ValueError."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file's content, 64 hex digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_unaltered(path: Path, sha256: str | None, stage: str) -> None:
+    """InputError when a file is not what `stage` wrote: DVC takes an altered cache entry without a word.
+
+    Nothing is checked with None, which is what outputs have that were written before they carried a checksum.
+    """
+    if sha256 is not None and (found := sha256_of(path)) != sha256:
+        raise InputError(
+            f"{path}: altered since {stage} wrote it (sha256 {found}, not {sha256}); `python -m tools.verify --repair` "
+            f"looks for an intact copy, and runs {stage} again where there is none"
+        )
 
 
 @contextmanager

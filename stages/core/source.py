@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import BinaryIO
 
 from pydantic import ValidationError
 
 from stages.core.errors import InputError
+from stages.core.output import sha256_of
 from stages.core.params import Section
 
 RAW = Path("data/raw")
@@ -56,10 +56,7 @@ def load_source_info(folder: Path = RAW) -> SourceInfo:
 
 def content_hash(folder: Path = RAW) -> str:
     """sha256 of the tars, as source.json has it. FileNotFoundError without them."""
-    digests = []
-    for split in SPLITS:
-        with (folder / f"{split}.tar").open("rb") as file:
-            digests.append(_sha256(file))
+    digests = [sha256_of(folder / f"{split}.tar") for split in SPLITS]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
@@ -74,10 +71,3 @@ def check_content(info: SourceInfo, folder: Path = RAW) -> None:
             f"{folder}: altered since extract wrote it (sha256 {found}, not {info.sha256}); run `dvc repro extract`; "
             "when it says that nothing changed, `dvc repro --force extract`: DVC's cache is damaged"
         )
-
-
-def _sha256(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import shutil
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,25 +18,35 @@ from PIL import Image
 
 from tests.faults.reliability import case
 from tests.helpers import ROOT, encoded, image_files, picture, run, set_params, write_files
+from tools.registry import versions
+from tools.shared import dvc_queue
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
-# Runs a stage and tells the peak of its resident memory, in bytes.
+# Run something and tell the peak of its resident memory, in KiB. (getrusage would tell that of the process that
+# started it, where that is more.)
 MEASURED = """if True:
-    import resource
-    from stages import {stage}
-    from stages.core.params import load_params
-    {stage}.main(load_params({stage}.Params))
-    print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    {what}
+    print("\\npeak", [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
 """
+STAGE = """from stages import {stage}
+    from stages.core.params import load_params
+    {stage}.main(load_params({stage}.Params))"""
+DVC = """from dvc.cli import main
+    assert main({words!r}) == 0"""
+
+
+def run_measured(folder: Path, what: str) -> tuple[str, float, int]:
+    """What was printed, seconds and peak memory (bytes)."""
+    begun = time.perf_counter()
+    command = [sys.executable, "-c", MEASURED.format(what=what)]
+    said, _, peak = run(folder, *command, environment={"PYTHONPATH": str(ROOT)}).stdout.rpartition("\npeak ")
+    return said, time.perf_counter() - begun, int(peak) * 1024
 
 
 def run_stage(folder: Path, stage: str) -> tuple[float, int]:
     """Seconds and peak memory (bytes) of a stage."""
-    start = time.perf_counter()
-    command = [sys.executable, "-c", MEASURED.format(stage=stage)]
-    output = run(folder, *command, environment={"PYTHONPATH": str(ROOT)}).stdout
-    return time.perf_counter() - start, int(output.split()[-1])
+    return run_measured(folder, STAGE.format(stage=stage))[1:]
 
 
 def many_images(folder: Path, count: int) -> Path:
@@ -61,6 +74,109 @@ def test_many_images(workspace: Path, tmp_path: Path, measured: Callable[[str], 
     assert seconds[20_000] < 5 * seconds[4000] * 2
     assert peak < 500e6
     measured(f"extract and preprocess in {seconds[20_000]:.0f} s (4,000: {seconds[4000]:.0f} s), {peak / 1e6:.0f} MB")
+
+
+def tar_of_images(path: Path, count: int, num_contents: int = 4096) -> Path:
+    """A tar of so many training images in ten classes, of some thousand different contents."""
+    contents = [encoded(picture(seed, (8, 8)), "PNG") for seed in range(num_contents)]
+    with tarfile.open(path, "w") as tar:
+        for split, number in (("train", count), ("val", 20)):
+            for index in range(number):
+                content = contents[index % num_contents]
+                info = tarfile.TarInfo(f"{split}/class-{index % 10}/{index:06}.png")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+                tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every member otherwise
+    return path
+
+
+@case(
+    "200,000 tiny images",
+    "Out of one tar: time grows with the number and not with its square; memory by less than 2.5 KB an image.",
+)
+def test_very_many_images(workspace: Path, tmp_path: Path, measured: Callable[[str], None]) -> None:
+    seconds: dict[int, float] = {}
+    peaks: dict[int, int] = {}
+    try:
+        for count in (20_000, 200_000):
+            source = tar_of_images(tmp_path / "images.tar", count)
+            set_params(workspace / "params.yaml", {"data.source": str(source), "preprocess.image_size": 8})
+            some = [run_stage(workspace, stage) for stage in ("extract", "preprocess")]
+            seconds[count], peaks[count] = sum(each[0] for each in some), max(each[1] for each in some)
+        meta = json.loads((workspace / "data/processed/meta.json").read_text())
+    finally:  # half a gigabyte that pytest would keep
+        (tmp_path / "images.tar").unlink(missing_ok=True)
+        shutil.rmtree(workspace / "data", ignore_errors=True)
+    assert meta["num_images"]["train"] == 200_000
+    assert meta["num_per_class"]["train"] == [20_000] * 10
+    assert seconds[200_000] < 15 * seconds[20_000]
+    assert peaks[200_000] - peaks[20_000] < 180_000 * 2500
+    measured(
+        f"extract and preprocess in {seconds[200_000]:.0f} s (20,000: {seconds[20_000]:.0f} s), "
+        f"{peaks[200_000] / 1e6:.0f} MB (20,000: {peaks[20_000] / 1e6:.0f} MB)"
+    )
+
+
+def add_experiments(repository: Path, first: int, last: int) -> None:
+    """Experiments as `dvc exp run` leaves them, without its second for each: a commit on HEAD below refs/exps.
+
+    Experiment `e<number>` has the learning rate number / 1e6 and the accuracy number / 1000.
+    """
+    head = run(repository, "git", "rev-parse", "HEAD").stdout.strip()
+    params = (repository / "params.yaml").read_text()
+    metrics = json.loads((repository / "metrics/evaluate.json").read_text())
+    learning_rate = next(line for line in params.splitlines() if line.startswith("  lr: "))
+    stream = ""
+    for number in range(first, last):
+        changed = {
+            "params.yaml": params.replace(learning_rate, f"  lr: {number / 1e6:.6f}"),
+            "metrics/evaluate.json": json.dumps(metrics | {"top1": number / 1000}),
+        }
+        stream += (
+            f"commit refs/exps/{head[:2]}/{head[2:]}/e{number}\n"
+            f"committer t <t@example.com> {1_700_000_000 + number} +0000\n"
+            f"data 22\ndvc: commit experiment\nfrom {head}\n"
+        )
+        for name, text in changed.items():
+            stream += f"M 100644 inline {name}\ndata {len(text.encode())}\n{text}\n"
+    (repository / ".git/experiments").write_text(stream)
+    run(repository, "sh", "-c", "git fast-import --quiet < .git/experiments")
+
+
+@case(
+    "500 experiments",
+    "`dvc exp show` reads them in a time that grows with their number and not with its square, and the second time in "
+    "seconds; the notebook, the sweep, the registry and the report find theirs among them.",
+)
+def test_many_experiments(repository: Path, monkeypatch: pytest.MonkeyPatch, measured: Callable[[str], None]) -> None:
+    show = DVC.format(words=["exp", "show", "--csv"])
+    seconds: dict[int, float] = {}
+    peaks: dict[int, int] = {}
+    for before, count in ((0, 100), (100, 500)):
+        add_experiments(repository, before + 1, count + 1)
+        shutil.rmtree(repository / ".dvc/tmp/exps/cache", ignore_errors=True)
+        said, seconds[count], peaks[count] = run_measured(repository, show)
+        rows = {row["Experiment"]: row for row in csv.DictReader(io.StringIO(said)) if row["Experiment"]}
+        for number in range(1, count + 1):
+            row = rows[f"e{number}"]
+            assert (float(row["top1"]), float(row["params.yaml:train.lr"])) == (number / 1000, number / 1e6)
+    assert seconds[500] < 10 * seconds[100]
+    assert peaks[500] < 1e9
+    again = run_measured(repository, show)[1]
+    assert again < seconds[500] / 2
+    assert len(run(repository, "dvc", "exp", "list", "--name-only").stdout.split()) == 500
+    notebook = "import dvc.api; print(len(dvc.api.exp_show()))"  # what it reads them with
+    assert int(run(repository, "python", "-c", notebook).stdout) == 502
+    monkeypatch.chdir(repository)
+    commits = dvc_queue.experiments("e*")
+    assert len(commits) == 500
+    assert versions.resolve("e321") == commits["e321"]
+    run(repository, "python", "-m", "tools.report", "e321", "--against", "e123")
+    assert "32.10%" in (repository / "report/report.md").read_text()
+    measured(
+        f"{seconds[500]:.0f} s and {peaks[500] / 1e6:.0f} MB (100: {seconds[100]:.0f} s, {peaks[100] / 1e6:.0f} MB), "
+        f"again {again:.0f} s"
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -154,6 +155,10 @@ def test_weights_that_are_not_numbers(stage: str, repository: Path) -> None:
     state = load_file(path)
     largest = max(state, key=lambda name: state[name].size)
     state[largest] = np.full_like(state[largest], np.nan)
-    path.unlink()
+    description = path.with_name("model.json")
+    spec = json.loads(description.read_text())
+    for file in (path, description):
+        file.unlink()
     save_file(state, path)
+    description.write_text(json.dumps(spec | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}))
     refused(repository, stage, "finite")

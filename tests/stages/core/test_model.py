@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 from pathlib import Path
@@ -41,7 +42,8 @@ def test_a_saved_model_comes_back_with_its_spec(tmp_path: Path) -> None:
     model.save(tmp_path / "classifier", network, spec())
     loaded, found = model.load(tmp_path / "classifier", CPU)
     assert same(network, loaded)
-    assert found == spec()
+    digest = hashlib.sha256((tmp_path / "classifier/model.safetensors").read_bytes()).hexdigest()
+    assert found == spec().model_copy(update={"sha256": digest})
     assert not loaded.training
     assert sorted(path.name for path in (tmp_path / "classifier").iterdir()) == ["model.json", "model.safetensors"]
 
@@ -141,3 +143,18 @@ def test_broken_model_directories_are_refused(tmp_path: Path) -> None:
     (tmp_path / "m" / "model.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match="not a model description"):
         model.load(tmp_path / "m", CPU)
+
+
+def test_altered_weights_are_refused_and_those_without_a_checksum_are_not(tmp_path: Path) -> None:
+    network = model.create(params(), 3, 0)
+    model.save(tmp_path / "m", network, spec())
+    weights, description = tmp_path / "m/model.safetensors", tmp_path / "m/model.json"
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(InputError, match=r"model\.safetensors: altered since train wrote it .*tools\.verify --repair"):
+        model.load(tmp_path / "m", CPU)
+    old = json.loads(description.read_text())
+    del old["sha256"]
+    description.write_text(json.dumps(old))
+    assert not same(model.load(tmp_path / "m", CPU)[0], network)
