@@ -13,6 +13,9 @@ remote-gdrive push pull doctor verify docker-pull docker-shell docker-train: exp
 # What was installed last: a new requirements.txt installs again.
 STAMP := $(VENV)/.installed
 
+# Columns that `make show` leaves out.
+UNSHOWN := State|Executor|Created|^(metrics|models|data)/|^(step|epoch)$$|^(train\.loss|val|num|step_ms|data_wait|loader|images_per|peak|flops)[._a-z0-9]*|^(onnx|largest|clean|false|detection|harmful|public|estimate|interval|decisions)[._a-z0-9]*
+
 # For the docker verbs (docs/CONTAINER.md).
 IMAGE_NAME ?= driftline
 IMAGE_TAG ?= latest
@@ -55,7 +58,7 @@ test-slow: setup ## run the slow tests: whole runs, and the real images where th
 	python -m pytest -m "slow and not faults"
 
 test-faults: setup ## run the fault suite: kill, fill, starve and feed garbage (docs/RELIABILITY.md)
-	python -m pytest -m faults tests/faults
+	python -m pytest -m faults tests/faults $(ARGS)
 
 lint: setup ## check style, format and types
 	ruff check .
@@ -73,8 +76,8 @@ sweep: setup ## search settings: make sweep S="train.lr=tag(log,interval(0.001,0
 	python -m tools.sweep $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(TRIALS),--trials $(TRIALS)) \
 	  $(if $(WORKERS),--workers $(WORKERS)) $(foreach setting,$(S),'$(setting)')
 
-show: setup ## compare the experiments
-	dvc exp show --only-changed
+show: setup ## compare the experiments: the main numbers, and the params that differ (dvc exp show has all)
+	dvc exp show --only-changed --drop '$(UNSHOWN)' $(ARGS)
 
 dag: setup ## draw the pipeline
 	dvc dag

@@ -107,7 +107,10 @@ def main(arguments: argparse.Namespace) -> int:
     status = subprocess.run(dvc, env=dvc_queue.environment()).returncode  # noqa: S603
     if status == 0 and not arguments.queue:
         dvc_queue.start_workers(arguments.jobs, trust=False)
-        print(f"exp: {found.num_experiments} experiments run, {arguments.jobs} at a time; see `dvc queue status`")
+        print(
+            f"exp: {found.num_experiments} experiments are run in the background, {arguments.jobs} at a time; "
+            "see `dvc queue status`"
+        )
     return status
 
 
