@@ -68,7 +68,7 @@ def test_a_hopeless_trial_is_stopped_in_mid_run(repository: Path) -> None:
     said = run(repository, "python", "-m", "tools.sweep", *command, *_UP_TO_EVALUATE, "--study", "hopeless").stdout
     assert _stages(repository) == []
     assert "sweep: hopeless-1 is pruned after epoch" in said
-    assert said.rstrip().endswith("dvc exp apply hopeless-0")
+    assert said.rstrip().endswith("dvc exp apply hopeless-0 && dvc repro")
     good, hopeless = _trials(repository, "hopeless")
     assert (good["train.lr"], good["state"], good["epochs"]) == ("0.01", "complete", "90")
     assert (hopeless["train.lr"], hopeless["state"], hopeless["top1"]) == ("1e-07", "pruned", "")
@@ -138,7 +138,7 @@ def test_a_trial_that_fails_costs_only_itself(repository: Path) -> None:
     # With this seed the bad rate comes first.
     some = ("train.lr=choice(0.01,100000.0)", "--trials", "2", "--seed", "0", "--study", "some")
     said = run(repository, *command, *some).stdout
-    assert said.rstrip().endswith("dvc exp apply some-1")
+    assert said.rstrip().endswith("dvc exp apply some-1 && dvc repro")
     bad, good = _trials(repository, "some")
     assert (bad["train.lr"], bad["state"], bad["top1"]) == ("100000.0", "failed", "")
     assert "the run diverged; lower train.lr" in bad["reason"]

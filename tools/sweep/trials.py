@@ -234,8 +234,9 @@ class Sweep:
             return 1
         write_bytes(folder / "study.png", study_report.picture(self.study, metric, direction))
         print(f"sweep: {folder}/trials.csv and study.png are written; {len(studies.counted(self.study))} trials")
-        print(f"sweep: the best is {self.name}-{best.number} with {metric} {best.value:.4f}; this makes it yours:\n")
-        print(f"  dvc exp apply {self.name}-{best.number}")
+        print(f"sweep: the best is {self.name}-{best.number} with {metric} {best.value:.4f}")
+        print(f"sweep: to take it over (its run ended with {self.target}; dvc repro does the rest):\n")
+        print(f"  dvc exp apply {self.name}-{best.number} && dvc repro")
         return 0
 
 
