@@ -14,7 +14,7 @@ remote-gdrive push pull doctor verify docker-pull docker-shell docker-train: exp
 STAMP := $(VENV)/.installed
 
 # Columns that `make show` leaves out.
-UNSHOWN := State|Executor|Created|^(metrics|models|data)/|^(step|epoch)$$|^(train\.loss|val|num|step_ms|data_wait|loader|images_per|peak|flops)[._a-z0-9]*|^(onnx|largest|clean|false|detection|harmful|public|estimate|interval|decisions)[._a-z0-9]*
+UNSHOWN := State|Executor|Created|^(metrics|models|data)/|^(step|epoch)$$|^(train\.loss|val|num)[._a-z0-9]*|^(onnx|largest|clean|false|detection|harmful|public|estimate|interval|decisions)[._a-z0-9]*
 
 # For the docker verbs (docs/CONTAINER.md).
 IMAGE_NAME ?= driftline

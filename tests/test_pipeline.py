@@ -169,6 +169,13 @@ def test_metrics_plots_and_artifacts_exist_after_a_run(finished_repository: Path
         assert artifact["labels"]
 
 
+def test_a_commit_has_every_metrics_file(finished_repository: Path) -> None:
+    """One that lacks some is marked with '!' by `dvc exp show`, and read anew every time."""
+    tracked = run(finished_repository, "git", "ls-files", "metrics").stdout.split()
+    assert set(PIPELINE["metrics"]) <= set(tracked)
+    assert "!" not in run(finished_repository, "dvc", "exp", "show", "--csv").stdout
+
+
 def test_no_two_metrics_files_have_a_key_in_common(finished_repository: Path) -> None:
     """`dvc exp show` would put the file's name before both."""
     shown = json.loads(run(finished_repository, "dvc", "metrics", "show", "--json").stdout)[""]["data"]
