@@ -3,9 +3,9 @@
     python -m tools.benchmark.accuracy --data imagenette2-160.tgz --recipe imagenette160 --epochs 5 --ours 1,2,3
 
 The plain loop (AdamW with a cosine schedule, float32) trains once for `--epochs`; ours trains with the recipe for each
-number of epochs of `--ours`. The first of ours that is as accurate is compared. CPU time is user and system time
+number of epochs of `--ours`. The cheapest of ours that is as accurate is compared. CPU time is user and system time
 of a process and its workers, imports and validation included; ours includes packing the images. Prints a table;
-writes benchmarks/accuracy.json. docs/BENCHMARKS.md shows results.
+writes benchmarks/accuracy.json.
 """
 
 from __future__ import annotations
