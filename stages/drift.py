@@ -65,7 +65,7 @@ def main(params: Params) -> None:
     from stages.core import detector as detectors
     from stages.core import device, drift_check, drift_figures, drift_summary, model, precision
     from stages.core.damage import class_accuracies, fit_baselines
-    from stages.core.dataset import load_meta, load_split
+    from stages.core.dataset import check_images, load_meta, load_split
     from stages.core.drift_check import Condition
     from stages.core.features import Extractor
     from stages.core.image import CropMode, Interpolation
@@ -77,7 +77,9 @@ def main(params: Params) -> None:
 
     knobs = params.drift
     meta = load_meta()
-    images, labels = load_split("val", meta)
+    split = load_split("val", meta)
+    check_images(split)
+    images, labels = split.images, split.labels
     where = device.set_up(params.runtime)
     network, spec = model.load(model.CLASSIFIER, where)
     if spec.class_ids != meta.class_ids:

@@ -117,7 +117,7 @@ def _onnx_logits(exported: OnnxModel, split: Split) -> Iterator[NDArray[np.float
     for start in range(0, len(split.labels), _BATCH_SIZE):
         indices = np.arange(start, min(start + _BATCH_SIZE, len(split.labels)))
         images = np.empty((len(indices), *split.images.shape[1:]), dtype=np.uint8)
-        read_rows(split.images, indices, images)
+        read_rows(split, indices, images)
         yield exported.logits(images)
 
 
@@ -136,7 +136,8 @@ def _timed(
 
 
 def _first(split: Split, count: int) -> Split:
-    return split._replace(images=split.images[:count], labels=split.labels[:count])
+    checksums = None if split.checksums is None else split.checksums[:count]
+    return split._replace(images=split.images[:count], labels=split.labels[:count], checksums=checksums)
 
 
 def _check(expected: NDArray[np.float32], logits: NDArray[np.float32], architecture: str) -> float:

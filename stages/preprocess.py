@@ -1,7 +1,8 @@
 """Stage preprocess: decode and resize every image once, and pack them into arrays that training memory-maps.
 
 Inputs   data/raw/; params `preprocess`
-Outputs  data/processed/: {train,val}_images.npy, {train,val}_labels.npy, meta.json, files.json (stages/core/dataset.py)
+Outputs  data/processed/: {train,val}_images.npy, {train,val}_labels.npy, {train,val}_crc32.npy, meta.json,
+         files.json (stages/core/dataset.py)
 Command  python -m stages.preprocess
 """
 
@@ -17,7 +18,7 @@ from stages.core.dataset import PROCESSED, PackMeta
 from stages.core.errors import InputError
 from stages.core.image import CropMode, Interpolation
 from stages.core.labels import readable
-from stages.core.output import replace_directory, write_json
+from stages.core.output import replace_directory, sha256_of, write_json
 from stages.core.packing import Geometry, pack
 from stages.core.params import Section, load_params
 from stages.core.progress import stage_summary
@@ -66,6 +67,7 @@ def main(params: Params) -> None:
             if not counts.all():
                 raise InputError(f"{split}: no readable image of class {classes[int(counts.argmin())]!r} is left")
             np.save(out / f"{split}_labels.npy", labels)
+            np.save(out / f"{split}_crc32.npy", packed[split].checksums)
             content.update(packed[split].sha256.encode() + labels.astype("<i8").tobytes())
             per_class[split] = counts.tolist()
         num_pixels = len(files["train"]) * knobs.image_size**2
@@ -83,6 +85,7 @@ def main(params: Params) -> None:
             mean=[round(float(value) / 255, 6) for value in mean],
             std=[round(float(value) / 255, 6) for value in std],
             sha256=content.hexdigest(),
+            labels_sha256={split: sha256_of(out / f"{split}_labels.npy") for split in SPLITS},
             source_sha256=source.sha256,
         )
         write_json(out / "meta.json", meta.model_dump())

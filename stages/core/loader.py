@@ -71,7 +71,7 @@ def open_source(split: Split, device: torch.device, resident: Resident, threads:
         for start in range(0, len(pixels), 1024):
             stop = min(start + 1024, len(pixels))
             rows = np.empty((stop - start, *split.images.shape[1:]), dtype=np.uint8)
-            read_rows(split.images, np.arange(start, stop), rows)
+            read_rows(split, np.arange(start, stop), rows)
             pixels[start:stop] = torch.from_numpy(rows)
     return Source(split, device, pixels, threads)
 
@@ -177,7 +177,7 @@ def _batches(
         if source.resident is not None:
             return chosen, None
         pixels = torch.empty((len(chosen.indices), *shape), dtype=torch.uint8, pin_memory=pinned)
-        read_rows(source.split.images, chosen.indices, pixels.numpy())
+        read_rows(source.split, chosen.indices, pixels.numpy())
         return chosen, pixels
 
     copied: deque[torch.cuda.Event] = deque()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -36,7 +37,8 @@ class PackedSplit(NamedTuple):
     names: list[str]  # of the images in the array
     skipped: list[str]  # of those that cannot be decoded
     sums: NDArray[np.int64]  # (2, 3): per channel the sum of values and of squares; exact, so order cannot matter
-    sha256: str  # of the encoded images and of every eighth row of their pixels
+    checksums: NDArray[np.uint32]  # CRC-32 of the pixels of each image in the array
+    sha256: str  # of the encoded images and of the checksums
 
 
 class _Member(NamedTuple):
@@ -59,6 +61,7 @@ class _Done(NamedTuple):
     split: str
     names: list[str]
     errors: list[str | None]  # of each image
+    checksums: list[int]  # of each image, 0 where there is an error
     sums: NDArray[np.int64]
     digest: bytes
 
@@ -72,6 +75,7 @@ def pack(
     """
     names: dict[str, list[str]] = {split: [] for split in tars}
     errors: dict[str, list[str | None]] = {split: [] for split in tars}
+    checksums: dict[str, list[int]] = {split: [] for split in tars}
     sums = {split: np.zeros((2, 3), dtype=np.int64) for split in tars}
     digests = {split: hashlib.sha256() for split in tars}
     # The tars are listed while the workers are busy already.
@@ -84,6 +88,7 @@ def pack(
             raise InputError(f"{first_error}; mend or remove it, or set preprocess.on_bad_image to skip")
         names[done.split] += done.names
         errors[done.split] += done.errors
+        checksums[done.split] += done.checksums
         sums[done.split] += done.sums
         digests[done.split].update(done.digest)
     result = {}
@@ -94,7 +99,13 @@ def pack(
         bad = [f"{split}/{names[split][row]}" for row, error in enumerate(errors[split]) if error is not None]
         if bad:
             _keep_rows(_array_path(out, split), kept)
-        result[split] = PackedSplit([names[split][row] for row in kept], bad, sums[split], digests[split].hexdigest())
+        result[split] = PackedSplit(
+            [names[split][row] for row in kept],
+            bad,
+            sums[split],
+            np.array(checksums[split], dtype=np.uint32)[kept],
+            digests[split].hexdigest(),
+        )
     return result
 
 
@@ -119,6 +130,7 @@ def _array_path(out: Path, split: str) -> Path:
 def _pack_some(geometry: Geometry, job: _Job) -> _Done:
     """Decode some images into their rows of the array (runs in a worker process)."""
     errors: list[str | None] = []
+    checksums: list[int] = []
     counts = np.zeros((3, 256), dtype=np.int64)
     digest = hashlib.sha256()
     # Written, not mapped: mapped pages would count as this process's memory.
@@ -130,16 +142,19 @@ def _pack_some(geometry: Geometry, job: _Job) -> _Done:
                 image = decode_image(content, f"{job.split}/{name}", *geometry)
             except InputError as error:
                 errors.append(str(error))
+                checksums.append(0)
                 continue
             errors.append(None)
             pixels = np.asarray(image)
             array.seek(job.first_byte + row * pixels.nbytes)
             array.write(pixels.data)
             counts += np.array(image.histogram(), dtype=np.int64).reshape(3, 256)
+            checksums.append(zlib.crc32(pixels.data))
             digest.update(content)
-            digest.update(pixels[::8].tobytes())
+            digest.update(checksums[-1].to_bytes(4, "little"))
     names = [member.name for member in job.members]
-    return _Done(job.split, names, errors, np.stack([counts @ _VALUES, counts @ _VALUES**2]), digest.digest())
+    sums = np.stack([counts @ _VALUES, counts @ _VALUES**2])
+    return _Done(job.split, names, errors, checksums, sums, digest.digest())
 
 
 def _keep_rows(path: Path, rows: list[int]) -> None:

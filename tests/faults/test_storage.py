@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -247,26 +248,31 @@ def test_an_altered_cache_entry(repository: Path) -> None:
             made_by,
             command,
             marks=case(
-                f"weights altered in the cache: {name}",
+                f"altered in the cache: {name}, {command[0]}",
                 f"DVC checks them out without a word; {command[0]} refuses them by their checksum.",
             ),
-            id=name,
+            id=f"{name} {command[0]}",
         )
         for name, made_by, command in (
+            ("data/processed/train_images.npy", "preprocess", ("stages.train",)),
+            ("data/processed/train_labels.npy", "preprocess", ("stages.train",)),
+            ("data/processed/val_images.npy", "preprocess", ("stages.evaluate",)),
+            ("data/processed/val_images.npy", "preprocess", ("stages.export",)),
+            ("data/processed/val_images.npy", "preprocess", ("stages.drift",)),
             ("models/classifier/model.safetensors", "train", ("stages.evaluate",)),
             ("models/drift/arrays.safetensors", "drift", ("tools.monitor", "data/processed/val_images.npy")),
             ("models/onnx/model.onnx", "export", ("tools.predict", "images")),
         )
     ],
 )
-def test_altered_weights(name: str, made_by: str, command: tuple[str, ...], repository: Path) -> None:
+def test_altered_outputs(name: str, made_by: str, command: tuple[str, ...], repository: Path) -> None:
     write_files(repository / "images", image_files(num_train=1, num_val=1))
     spoil(cached(repository, name), flipped)
     shutil.rmtree((repository / name).parent)
     run(repository, "dvc", "checkout")
     ended = run(repository, "python", "-m", *command, check=False)
     assert ended.returncode == 2, ended.stdout + ended.stderr
-    assert f"{name}: altered since {made_by} wrote it" in ended.stderr
+    assert re.search(rf"{name}: (image \d+ )?altered since {made_by} wrote it", ended.stderr), ended.stderr
     assert "Traceback" not in ended.stderr
     # What it says mends it, though no intact copy is left.
     run(repository, "python", "-m", "tools.verify", "--repair")

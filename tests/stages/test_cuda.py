@@ -63,6 +63,7 @@ def meta() -> PackMeta:
         mean=[0.5, 0.5, 0.5],
         std=[0.3, 0.3, 0.3],
         sha256="",
+        labels_sha256={},
         source_sha256="",
     )
 

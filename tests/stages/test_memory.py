@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from stages.core.output import sha256_of
 from tests.helpers import ROOT, run, set_params
 
 pytestmark = pytest.mark.slow
@@ -41,10 +43,15 @@ def enlarge(folder: Path, num_bytes: float) -> int:
     path = folder / "data/processed/train_images.npy"
     path.unlink()
     np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape).flush()
-    np.save(folder / "data/processed/train_labels.npy", np.arange(count, dtype=np.int64) % 10)
+    labels = folder / "data/processed/train_labels.npy"
+    np.save(labels, np.arange(count, dtype=np.int64) % 10)
+    np.save(
+        folder / "data/processed/train_crc32.npy", np.full(count, zlib.crc32(bytes(SIDE * SIDE * 3)), dtype=np.uint32)
+    )
     meta_path = folder / "data/processed/meta.json"
     meta = json.loads(meta_path.read_text())
     meta["num_images"]["train"] = count
+    meta["labels_sha256"]["train"] = sha256_of(labels)
     meta_path.write_text(json.dumps(meta))
     return path.stat().st_size
 

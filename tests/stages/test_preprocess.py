@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stages import extract, preprocess
-from stages.core.dataset import load_meta, load_split
+from stages.core.dataset import Split, check_images, load_meta, load_split, read_rows
 from stages.core.errors import InputError
 from stages.core.image import decode
 from stages.core.params import load_params
@@ -55,7 +55,8 @@ def test_the_pack_is_the_same_for_any_number_of_workers(workspace: Path) -> None
     run_stages(workspace, runtime__workers=2)
     assert processed(workspace) == first
     assert sorted(first) == [
-        "files.json", "meta.json", "train_images.npy", "train_labels.npy", "val_images.npy", "val_labels.npy",
+        "files.json", "meta.json", "train_crc32.npy", "train_images.npy", "train_labels.npy",
+        "val_crc32.npy", "val_images.npy", "val_labels.npy",
     ]  # fmt: skip
 
 
@@ -89,6 +90,7 @@ def test_unreadable_images_are_skipped_and_listed_where_asked(workspace: Path) -
     assert train.labels.tolist() == [0, 0, 0, 0, 1, 1]
     for row, name in zip((4, 5), ("train/dog/1.jpg", "train/dog/3.jpg"), strict=True):
         assert np.array_equal(train.images[row], decode(files[name], name, 32))
+    check_images(train)
 
 
 def test_a_class_without_any_readable_image_is_refused(workspace: Path) -> None:
@@ -114,15 +116,48 @@ def test_missing_input_says_what_to_run(workspace: Path) -> None:
         preprocess.main(load_params(preprocess.Params))
 
 
+def test_altered_pixels_and_labels_are_refused(workspace: Path) -> None:
+    run_stages(workspace)
+    meta = load_meta()
+    split = load_split("val", meta)
+    check_images(split)
+    path = workspace / "data/processed/val_images.npy"
+    images = np.load(path)
+    images[41, 3, 5, 1] ^= 1
+    np.save(path, images)
+    altered = load_split("val", meta)
+    pixels = np.empty((2, 32, 32, 3), dtype=np.uint8)
+    read_rows(altered, np.array([40, 42]), pixels)
+    with pytest.raises(InputError, match=r"val_images\.npy: image 41 altered since preprocess.*tools\.verify"):
+        read_rows(altered, np.array([40, 41]), pixels)
+    with pytest.raises(InputError, match=r"val_images\.npy: image 41 altered since preprocess"):
+        check_images(altered)
+    in_memory = Split(images, split.labels, split.checksums)
+    with pytest.raises(InputError, match="image 41 altered"):
+        check_images(in_memory)
+    labels = split.labels.copy()
+    labels[7] = (labels[7] + 1) % 10
+    np.save(workspace / "data/processed/val_labels.npy", labels)
+    with pytest.raises(InputError, match=r"val_labels\.npy: altered since preprocess wrote it"):
+        load_split("val", meta)
+
+
 def test_arrays_that_do_not_fit_their_description_are_refused(workspace: Path) -> None:
     run_stages(workspace)
     meta = load_meta()
     folder = workspace / "data/processed"
+    split = load_split("val", meta)
+    split = split._replace(images=np.array(split.images))
     np.save(folder / "val_labels.npy", np.full(20, 10))
     with pytest.raises(InputError, match=r"val_labels\.npy: labels must be 60 numbers from 0 to 9"):
         load_split("val", meta)
     np.save(folder / "val_images.npy", np.zeros((3, 32, 32, 3), dtype=np.uint8))
     with pytest.raises(InputError, match="meta.json says 60 images of 32 px"):
+        load_split("val", meta)
+    np.save(folder / "val_images.npy", split.images)
+    np.save(folder / "val_labels.npy", split.labels)
+    np.save(folder / "val_crc32.npy", np.zeros(3, dtype=np.uint32))
+    with pytest.raises(InputError, match=r"val_crc32\.npy: uint32 \(3,\), not a uint32 of each of 60 images"):
         load_split("val", meta)
     (folder / "val_images.npy").write_bytes(b"")
     with pytest.raises(InputError, match="run `dvc repro preprocess`"):

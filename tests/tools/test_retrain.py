@@ -148,7 +148,7 @@ def test_simulated_images_are_the_packs_corrupted_and_lossless(packed: Path) -> 
     assert {split: simulated.count(split) for split in ("train", "val")} == meta.num_images
     archive = labelled.write_archive(simulated, [], packed / "cache")
     assert labelled.write_archive(labelled.simulate("fog", 4, 1.0), [], packed / "cache") == archive
-    pixels, labels = load_split("val", meta)
+    pixels, labels, _ = load_split("val", meta)
     content = members(archive.path)[f"val/{meta.class_ids[labels[3]]}/{simulated.key}-0000003.png"]
     expected = corrupt(pixels[3:4], "fog", 4, np.array([3]), 2)[0]
     assert (np.asarray(Image.open(io.BytesIO(content))) == expected).all()

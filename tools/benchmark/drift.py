@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     params = load_params(Params)
     detector, extractor = open_detector(Path("models/drift"), Path("models/classifier"), params.runtime)
-    images, labels = load_split("val", load_meta())
+    images, labels, _ = load_split("val", load_meta())
     check = split(len(labels), np.random.default_rng(params.drift.seed)).check
     if options.torchdrift:
         rows = list(_torchdrift(images, labels, check, detector, extractor))

@@ -179,7 +179,10 @@ def _retrain(
     try:
         commit = experiment.run_experiment(name, head, overrides, lock)
         new = scratch / "new"
-        wanted = [f"{PROCESSED}/{file}" for file in ("val_images.npy", "val_labels.npy", "meta.json", "files.json")]
+        wanted = [
+            f"{PROCESSED}/{file}"
+            for file in ("val_images.npy", "val_labels.npy", "val_crc32.npy", "meta.json", "files.json")
+        ]
         experiment.fetch(commit, [CLASSIFIER, DETECTOR, *wanted], new)
     except experiment.ExperimentError as error:
         return summary | {"decision": "not promoted", "reason": str(error)}
@@ -319,12 +322,13 @@ def _measure(new: Path, key: str, params: Params) -> Accuracies:
     import torch
 
     from stages.core import device, inference, model, precision
-    from stages.core.dataset import Split, load_split
+    from stages.core.dataset import Split, check_images, load_split
     from stages.core.loader import evaluation_batches, open_source
     from stages.core.source import EXTRA_PREFIX, is_extra
 
     meta = load_meta(new / PROCESSED)
     split = load_split("val", meta, new / PROCESSED)
+    check_images(split)
     names: list[str] = json.loads((new / PROCESSED / "files.json").read_text())["val"]
     rows = {
         "clean": np.flatnonzero([not is_extra(name) for name in names]),

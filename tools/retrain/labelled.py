@@ -23,7 +23,7 @@ from PIL import Image
 
 from stages.core.archive import LabelledFile, Limits, open_labelled
 from stages.core.corruptions import corrupt
-from stages.core.dataset import PROCESSED, load_meta, load_split
+from stages.core.dataset import PROCESSED, check_images, load_meta, load_split
 from stages.core.download import file_hash
 from stages.core.errors import InputError
 from stages.core.image import check_is_image
@@ -97,13 +97,17 @@ def simulate(kind: str, severity: int, share: float) -> LabelledSet:
     meta, names = load_meta(), json.loads((PROCESSED / "files.json").read_text())
     images: list[LabelledImage] = []
     for split in SPLITS:
-        pixels, labels = load_split(split, meta)
+        packed = load_split(split, meta)
+        check_images(packed)
         rows: NDArray[np.int64] = np.flatnonzero([not is_extra(name) for name in names[split]])
         if split == "train" and share < 1:
             rows = rows[uniforms(0, 0, rows, 1)[:, 0] < share]
         images += [
             LabelledImage(
-                split, meta.class_ids[labels[i]], f"{i:07d}.png", _corrupted(pixels, i, split, kind, severity)
+                split,
+                meta.class_ids[packed.labels[i]],
+                f"{i:07d}.png",
+                _corrupted(packed.images, i, split, kind, severity),
             )
             for i in rows.tolist()
         ]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def meta() -> PackMeta:
         mean=[0.4, 0.5, 0.6],
         std=[0.2, 0.25, 0.3],
         sha256="",
+        labels_sha256={},
         source_sha256="",
     )
 
@@ -132,7 +134,8 @@ def test_a_batch_larger_than_the_data_is_refused() -> None:
 @pytest.fixture
 def mapped(split: Split, tmp_path: Path) -> Split:
     np.save(tmp_path / "images.npy", split.images)
-    return Split(np.load(tmp_path / "images.npy", mmap_mode="r"), split.labels)
+    checksums = np.array([zlib.crc32(image.data) for image in split.images], dtype=np.uint32)
+    return Split(np.load(tmp_path / "images.npy", mmap_mode="r"), split.labels, checksums)
 
 
 @pytest.mark.parametrize("threads", [0, 1, 2])
@@ -147,6 +150,14 @@ def test_where_pixels_come_from_changes_no_bit(
     for (images, labels), (other_images, other_labels) in zip(expected, found, strict=True):
         assert torch.equal(images, other_images)
         assert torch.equal(labels, other_labels)
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_altered_pixels_end_the_epoch(resident: bool, mapped: Split, meta: PackMeta) -> None:
+    assert mapped.checksums is not None
+    altered = mapped._replace(checksums=mapped.checksums ^ (np.arange(COUNT) == 17).astype(np.uint32))
+    with pytest.raises(InputError, match=r"images\.npy: image 17 altered since preprocess wrote it"):
+        list(training_batches(open_source(altered, CPU, resident, 1), meta, params(), torch.bfloat16, 1))
 
 
 def test_an_epoch_goes_on_in_the_middle(split: Split, meta: PackMeta) -> None:
