@@ -13,6 +13,9 @@ remote-gdrive push pull doctor verify docker-pull docker-shell docker-train: exp
 # What was installed last: a new requirements.txt installs again.
 STAMP := $(VENV)/.installed
 
+# Tests run in a process for each CPU, up to four; those of a file share one, with its fixtures.
+PYTEST := env OMP_NUM_THREADS=1 python -m pytest -n logical --maxprocesses 4 --dist loadfile
+
 # Columns that `make show` leaves out.
 UNSHOWN := State|Executor|Created|^(metrics|models|data)/|^(step|epoch)$$|^(train\.loss|val|num)[._a-z0-9]*|^(onnx|largest|clean|false|detection|harmful|public|estimate|interval|decisions)[._a-z0-9]*
 
@@ -52,10 +55,10 @@ repro: setup ## run the pipeline (what is stale of it) and show the numbers
 	@echo "Look at plots/evaluate/*.png, or run 'dvc plots show'. Next: dvc exp run -S train.lr=0.001"
 
 test: setup ## run the tests, but not the slow ones
-	python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: setup ## run the slow tests: whole runs, and the real images where they are at hand
-	python -m pytest -m "slow and not faults"
+	$(PYTEST) -m "slow and not faults" $(ARGS)
 
 test-faults: setup ## run the fault suite: kill, fill, starve and feed garbage (docs/RELIABILITY.md)
 	python -m pytest -m faults tests/faults $(ARGS)
@@ -143,7 +146,7 @@ docker-train: docker-folders ## run the pipeline in the container, or an experim
 	$(DOCKER_RUN) $(DOCKER_IMAGE) $(if $(ARGS),dvc exp run $(ARGS),dvc repro)
 
 docker-test: docker-folders ## run the tests in the container: make docker-test [ARGS=tests/test_pipeline.py]
-	$(DOCKER_RUN) $(DOCKER_IMAGE) python -m pytest -m "not slow" $(ARGS)
+	$(DOCKER_RUN) $(DOCKER_IMAGE) $(PYTEST) -m "not slow" $(ARGS)
 
 # What docker would make as root.
 docker-folders:

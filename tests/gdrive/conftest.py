@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.gdrive.drive import FOLDER_ID, Item
@@ -16,6 +17,7 @@ from tests.gdrive.keys import Account, make_certificates
 from tests.gdrive.server import HOSTS, StandIn
 from tests.helpers import ROOT, commit_all, run
 
+IMPATIENT = ("--patience", "4", "--attempts", "3")
 KEY_FILE = ".secrets/gdrive-key.json"
 PIPELINE = """\
 stages:
@@ -151,3 +153,8 @@ def command(
     own = {"DVC_SITE_CACHE_DIR": f"{folder}/.dvc/tmp/site", "HOME": f"{folder}/.dvc/tmp", "PYTHONPATH": str(ROOT)}
     os.environ.pop("GDRIVE_CREDENTIALS_DATA", None)
     return run(folder, *words, check=check, environment=google.environment | own | variables)
+
+
+def gone(process: psutil.Process) -> bool:
+    """Whether a process has ended, be it that nobody has asked for its exit status yet."""
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE

@@ -59,6 +59,10 @@ class StandIn(ThreadingHTTPServer):
         self.reset()
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
+    def is_exhausted(self) -> bool:
+        """Whether all that should go wrong has."""
+        return all(fault.times == 0 for fault in self.faults)
+
     def reset(self) -> None:
         """As on the first day: an empty Drive, no accounts, no faults."""
         self.drive.reset()
