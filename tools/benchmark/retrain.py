@@ -246,14 +246,16 @@ def _line(result: dict[str, Any]) -> str:
 def _table(results: list[dict[str, Any]]) -> str:
     rows = [["production sees", "monitor", "decision", "drifted top-1", "clean top-1", "recovered", "then", "fault"]]
     for each in results:
-        found = each["accuracy"]
+        top1 = {key: f"{value:.3f}" for key, value in (each["accuracy"] or {}).items()}
         rows.append(
             [
                 each["name"],
                 each["verdict"] + (", label shift" if each["label_shift"] else ""),
                 each["decision"],
-                f"{found['drifted_before']:.3f} to {found['drifted_after']:.3f}" if found else "",
-                f"{found['clean_before']:.3f} to {found['clean_after']:.3f}" if found else "",
+                *(
+                    " to ".join(top1[f"{kind}_{age}"] for age in ("before", "after") if f"{kind}_{age}" in top1)
+                    for kind in ("drifted", "clean")
+                ),
                 f"{each['recovered_share']:.0%}" if each["recovered_share"] is not None else "",
                 each["confirmation"] or "",
                 "; ".join(each["faults"]),

@@ -22,107 +22,23 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import Field, model_validator
+from typing import Any, Literal
 
 from stages.core.archive import Limits
 from stages.core.corruptions import FAMILIES, SEVERITIES
 from stages.core.dataset import load_meta
 from stages.core.errors import InputError, run_main
 from stages.core.output import write_bytes, write_json
-from stages.core.params import Section, load_params
-from stages.core.recipe import ModelParams, TrainParams
+from stages.core.params import load_params
 from stages.core.runtime import RuntimeParams, cache_dir
-from stages.evaluate import EvaluateParams
-from stages.extract import DataParams
 from tools.monitor import command as monitor
 from tools.retrain import experiment, labelled
+from tools.retrain.params import Params
 
-CLASSIFIER, DETECTOR, PROCESSED = "models/classifier", "models/drift", "data/processed"
+CLASSIFIER, DETECTOR = "models/classifier", "models/drift"
 _VERDICTS = {status: verdict for verdict, status in monitor.EXIT_STATUS.items()}
-_ROUNDING = 1e-9  # 0.90 - 0.88 is more than 0.02 in floating point
 _WEIGHTS = re.compile(r"retrain/weights-[0-9a-f]{16}\.safetensors$")  # a copy that a retraining started from
-
-
-class RetrainParams(Section):
-    """The `retrain` section of params.yaml."""
-
-    epochs: Annotated[int, Field(ge=1)]
-    lr: Annotated[float, Field(gt=0)]
-    warmup_epochs: Annotated[float, Field(ge=0)]
-    held_out: Annotated[float, Field(gt=0, lt=1)]
-    simulated_share: Annotated[float, Field(gt=0, le=1)]
-    min_recovered: Annotated[float, Field(ge=0, le=1)]
-    max_clean_loss: Annotated[float, Field(ge=0, le=1)]
-
-    @model_validator(mode="after")
-    def _warms_up_in_time(self) -> RetrainParams:
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs: {self.warmup_epochs} must be less than epochs ({self.epochs})")
-        return self
-
-
-class Params(Section):
-    """What retraining reads of params.yaml."""
-
-    data: DataParams
-    model: ModelParams
-    train: TrainParams
-    evaluate: EvaluateParams
-    retrain: RetrainParams
-    runtime: RuntimeParams
-
-
-@dataclass(frozen=True)
-class Accuracies:
-    """Top-1 of the model at work and of the new one, on clean validation images and on held-out drifted ones."""
-
-    clean_before: float
-    clean_after: float
-    drifted_before: float
-    drifted_after: float
-    num_clean: int
-    num_drifted: int
-
-    @property
-    def lost(self) -> float:
-        """What the drift costs the model at work."""
-        return self.clean_before - self.drifted_before
-
-    @property
-    def recovered(self) -> float | None:
-        """Share of it that the new model wins back; None where nothing was lost."""
-        return (self.drifted_after - self.drifted_before) / self.lost if self.lost > 0 else None
-
-    @property
-    def clean_loss(self) -> float:
-        """What the new model loses on clean images."""
-        return self.clean_before - self.clean_after
-
-
-def objection(found: Accuracies, params: RetrainParams) -> str | None:
-    """Why the new model must not be promoted, or None."""
-    if found.recovered is None:
-        return (
-            f"the labelled images show no damage: top-1 is {found.drifted_before:.4f} on them and "
-            f"{found.clean_before:.4f} on clean ones; they are not what production sees, or the alarm was false"
-        )
-    reasons = []
-    if found.recovered < params.min_recovered - _ROUNDING:
-        reasons.append(
-            f"{found.recovered:.0%} of the lost accuracy came back ({found.drifted_before:.4f} to "
-            f"{found.drifted_after:.4f} on held-out drifted images); retrain.min_recovered asks for "
-            f"{params.min_recovered:.0%}"
-        )
-    if found.clean_loss > params.max_clean_loss + _ROUNDING:
-        reasons.append(
-            f"clean top-1 fell by {found.clean_loss:.4f} ({found.clean_before:.4f} to {found.clean_after:.4f}); "
-            f"retrain.max_clean_loss allows {params.max_clean_loss:g}"
-        )
-    return "; ".join(reasons) or None
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -150,27 +66,41 @@ def main(arguments: argparse.Namespace) -> int:
             if verdict["status"] != "harmful":
                 return _report(arguments, summary | {"decision": "nothing to do", "reason": _no_harm(verdict)})
             print(f"retrain: harmful drift, {_numbers(verdict)}", flush=True)
-            overrides = _overrides(arguments.start, params, images, head)
-        return _report(arguments, _retrain(summary, images, overrides, params, head, lock, Path(scratch)))
+            return _report(arguments, _retrain(summary, images, params, head, lock, Path(scratch)))
 
 
 def _retrain(
     summary: dict[str, Any],
     images: labelled.LabelledSet,
-    overrides: dict[str, experiment.Value],
     params: Params,
     head: str,
     lock: int,
     scratch: Path,
 ) -> dict[str, Any]:
     """Run the experiment, judge its model, promote it or leave everything as it was. Returns the whole summary."""
-    name = experiment.experiment_name(head, overrides)
+    from tools.retrain.judgement import Accuracies, Trial, objection
+
     num_train, num_held_out = images.count("train"), images.count("val")
+    summary["labelled"] = {
+        "origin": images.origin, "key": images.key, "num_train": num_train, "num_held_out": num_held_out,
+    }  # fmt: skip
+    trial = Trial(images, params)
+    clean, drifted = trial.top1(Path(CLASSIFIER))
+    if drifted >= clean:
+        no_damage = (
+            f"the labelled images show no damage: top-1 is {drifted:.4f} on the {num_held_out:,} held-out ones and "
+            f"{clean:.4f} on clean images; they are not what production sees, or the alarm was false"
+        )
+        before = {"clean_before": clean, "drifted_before": drifted}
+        return summary | {"decision": "not promoted", "reason": no_damage, "accuracy": before}
+    overrides = _overrides(summary["start"], params, images, head)
+    name = experiment.experiment_name(head, overrides)
     print(
-        f"retrain: {num_train:,} labelled images to train on, {num_held_out:,} held out; experiment {name}", flush=True
+        f"retrain: {num_train:,} labelled images to train on, {num_held_out:,} held out (top-1 {drifted:.4f}, "
+        f"{clean:.4f} on clean images); experiment {name}",
+        flush=True,
     )
     summary |= {
-        "labelled": {"origin": images.origin, "key": images.key, "num_train": num_train, "num_held_out": num_held_out},
         "overrides": overrides,
         "experiment": name,
         "commit_before": head,
@@ -179,15 +109,12 @@ def _retrain(
     try:
         commit = experiment.run_experiment(name, head, overrides, lock)
         new = scratch / "new"
-        wanted = [
-            f"{PROCESSED}/{file}"
-            for file in ("val_images.npy", "val_labels.npy", "val_crc32.npy", "meta.json", "files.json")
-        ]
-        experiment.fetch(commit, [CLASSIFIER, DETECTOR, *wanted], new)
+        experiment.fetch(commit, [CLASSIFIER, DETECTOR], new)
     except experiment.ExperimentError as error:
         return summary | {"decision": "not promoted", "reason": str(error)}
 
-    found = _measure(new, images.key, params)
+    clean_after, drifted_after = trial.top1(new / CLASSIFIER)
+    found = Accuracies(clean, clean_after, drifted, drifted_after, len(trial.clean.labels), len(trial.drifted.labels))
     summary |= {
         "experiment_commit": commit,
         "accuracy": vars(found),
@@ -314,43 +241,6 @@ def _portable(path: Path, runtime: RuntimeParams) -> str:
     if runtime.cache_dir.startswith("~"):
         return f"{runtime.cache_dir}/{path.relative_to(cache_dir(runtime)).as_posix()}"
     return str(path)
-
-
-def _measure(new: Path, key: str, params: Params) -> Accuracies:
-    """Both models on both kinds of images, which all are in the experiment's pack."""
-    import numpy as np
-    import torch
-
-    from stages.core import device, inference, model, precision
-    from stages.core.dataset import Split, check_images, load_split
-    from stages.core.loader import evaluation_batches, open_source
-    from stages.core.source import EXTRA_PREFIX, is_extra
-
-    meta = load_meta(new / PROCESSED)
-    split = load_split("val", meta, new / PROCESSED)
-    check_images(split)
-    names: list[str] = json.loads((new / PROCESSED / "files.json").read_text())["val"]
-    rows = {
-        "clean": np.flatnonzero([not is_extra(name) for name in names]),
-        "drifted": np.flatnonzero([name.split("/")[1].startswith(f"{EXTRA_PREFIX}{key}-") for name in names]),
-    }
-    where = device.set_up(params.runtime)
-    policy = precision.resolve(params.evaluate.precision, where)
-    top1: dict[tuple[str, str], float] = {}
-    for age, folder in (("before", Path(CLASSIFIER)), ("after", new / CLASSIFIER)):
-        network, spec = model.load(folder, where)
-        for kind, some in rows.items():
-            part = Split(split.images[some], split.labels[some])
-            source = open_source(part, where, False, 0)
-            batches = evaluation_batches(
-                source, spec.mean, spec.std, spec.image_size, params.evaluate.batch_size, policy.dtype
-            )
-            predicted = inference.predict(network, batches, policy).argmax(dim=1)
-            top1[kind, age] = (predicted == torch.from_numpy(part.labels)).double().mean().item()
-    return Accuracies(
-        top1["clean", "before"], top1["clean", "after"], top1["drifted", "before"], top1["drifted", "after"],
-        len(rows["clean"]), len(rows["drifted"]),
-    )  # fmt: skip
 
 
 # --- words --------------------------------------------------------------------------------------------------------

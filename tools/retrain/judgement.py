@@ -1,0 +1,103 @@
+"""The proof of a retraining: top-1 of the model at work and of the new one, on clean images and on drifted ones."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from stages.core import device, inference, model, precision
+from stages.core.dataset import PROCESSED, Split, check_images, load_meta, load_split
+from stages.core.image import decode_image
+from stages.core.loader import evaluation_batches, open_source
+from stages.core.packing import Geometry
+from stages.core.source import is_extra
+from tools.retrain.labelled import LabelledSet
+from tools.retrain.params import Params, RetrainParams
+
+_ROUNDING = 1e-9  # 0.90 - 0.88 is more than 0.02 in floating point
+
+
+@dataclass(frozen=True)
+class Accuracies:
+    """Top-1 of the model at work and of the new one, on clean validation images and on held-out drifted ones."""
+
+    clean_before: float
+    clean_after: float
+    drifted_before: float
+    drifted_after: float
+    num_clean: int
+    num_drifted: int
+
+    @property
+    def lost(self) -> float:
+        """What the drift costs the model at work."""
+        return self.clean_before - self.drifted_before
+
+    @property
+    def recovered(self) -> float:
+        """Share of it that the new model wins back."""
+        return (self.drifted_after - self.drifted_before) / self.lost
+
+    @property
+    def clean_loss(self) -> float:
+        """What the new model loses on clean images."""
+        return self.clean_before - self.clean_after
+
+
+class Trial:
+    """What a model is judged on: the clean validation images, and the held-out drifted ones."""
+
+    def __init__(self, images: LabelledSet, params: Params) -> None:
+        """Decode the held-out images as preprocess does; InputError names one that cannot be decoded."""
+        meta = load_meta()
+        packed = load_split("val", meta)
+        check_images(packed)
+        names: list[str] = json.loads((PROCESSED / "files.json").read_text())["val"]
+        rows = np.flatnonzero([not is_extra(name) for name in names])
+        held_out = [image for image in images.images if image.split == "val"]
+        knobs = params.preprocess
+        geometry = Geometry(knobs.image_size, knobs.crop_mode, knobs.interpolation)
+        pixels = np.empty((len(held_out), *packed.images.shape[1:]), dtype=np.uint8)
+        for row, image in zip(pixels, held_out, strict=True):
+            name = f"{images.origin}: {image.class_name}/{image.file_name}"
+            row[:] = decode_image(image.read(), name, *geometry)
+        labels = [meta.class_ids.index(image.class_name) for image in held_out]
+        self.clean = Split(packed.images[rows], packed.labels[rows])
+        self.drifted = Split(pixels, np.array(labels, dtype=np.int64))
+        self._params = params
+
+    def top1(self, classifier: Path) -> tuple[float, float]:
+        """Top-1 of a saved classifier on clean images, and on drifted ones."""
+        where = device.set_up(self._params.runtime)
+        policy = precision.resolve(self._params.evaluate.precision, where)
+        network, spec = model.load(classifier, where)
+        found = []
+        for split in (self.clean, self.drifted):
+            source = open_source(split, where, False, 0)
+            batches = evaluation_batches(
+                source, spec.mean, spec.std, spec.image_size, self._params.evaluate.batch_size, policy.dtype
+            )
+            predicted = inference.predict(network, batches, policy).argmax(dim=1)
+            found.append((predicted == torch.from_numpy(split.labels)).double().mean().item())
+        return found[0], found[1]
+
+
+def objection(found: Accuracies, params: RetrainParams) -> str | None:
+    """Why the new model must not be promoted, or None."""
+    reasons = []
+    if found.recovered < params.min_recovered - _ROUNDING:
+        reasons.append(
+            f"{found.recovered:.0%} of the lost accuracy came back ({found.drifted_before:.4f} to "
+            f"{found.drifted_after:.4f} on held-out drifted images); retrain.min_recovered asks for "
+            f"{params.min_recovered:.0%}"
+        )
+    if found.clean_loss > params.max_clean_loss + _ROUNDING:
+        reasons.append(
+            f"clean top-1 fell by {found.clean_loss:.4f} ({found.clean_before:.4f} to {found.clean_after:.4f}); "
+            f"retrain.max_clean_loss allows {params.max_clean_loss:g}"
+        )
+    return "; ".join(reasons) or None
