@@ -11,7 +11,7 @@ import torch
 
 from stages.core import device, inference, model, precision
 from stages.core.dataset import PROCESSED, Split, check_images, load_meta, load_split
-from stages.core.image import decode_image
+from stages.core.image import decode
 from stages.core.loader import evaluation_batches, open_source
 from stages.core.packing import Geometry
 from stages.core.source import is_extra
@@ -64,7 +64,7 @@ class Trial:
         pixels = np.empty((len(held_out), *packed.images.shape[1:]), dtype=np.uint8)
         for row, image in zip(pixels, held_out, strict=True):
             name = f"{images.origin}: {image.class_name}/{image.file_name}"
-            row[:] = decode_image(image.read(), name, *geometry)
+            row[:] = decode(image.read(), name, *geometry)
         labels = [meta.class_ids.index(image.class_name) for image in held_out]
         self.clean = Split(packed.images[rows], packed.labels[rows])
         self.drifted = Split(pixels, np.array(labels, dtype=np.int64))

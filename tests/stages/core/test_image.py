@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import simplejpeg
-from PIL import Image
+from PIL import ExifTags, Image
 
 from stages.core.errors import InputError
 from stages.core.image import check_is_image, decode
@@ -80,6 +80,17 @@ def test_an_animation_gives_its_first_frame() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     content = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert (decode(content, "x", 8) == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize("side", [7, 16, 30, 31, 32, 33, 61, 64, 65, 100])
+def test_a_jpeg_without_exif_is_read_as_one_with_it(side: int) -> None:
+    image = picture(size=(128, 131))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 1
+    plain, described = (encoded(image, "JPEG", quality=90, **options) for options in ({}, {"exif": exif.tobytes()}))
+    assert b"Exif" in described
+    assert b"Exif" not in plain
+    assert np.array_equal(decode(plain, "x", side), decode(described, "x", side))
 
 
 def test_a_large_jpeg_is_reduced_faithfully() -> None:
