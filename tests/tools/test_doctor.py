@@ -227,7 +227,7 @@ def test_another_python_first_on_path(here: Path, bare: Path, monkeypatch: pytes
     finds(environment.commands(), "FAIL", "/own/dvc, of another environment", "source .venv/bin/activate")
 
 
-def test_packages_against_the_lock(here: Path) -> None:
+def test_packages_against_the_lock(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lock = here / "requirements.txt"
     finds(environment.lock(), "ok", "packages as in requirements.txt")
     text = lock.read_text()
@@ -235,8 +235,14 @@ def test_packages_against_the_lock(here: Path) -> None:
         text + "nobody-has-this==1.0\nnumpy==1.0.0 \\\n    --hash=sha256:00\nold==1 ; python_version < '3'\n"
     )
     found = environment.lock()
-    finds(found, "FAIL", "missing: nobody-has-this; another version: numpy ", "python -m pip install --no-deps -r")
+    is_image = sys.prefix == sys.base_prefix  # whose packages are the image's, not those of a virtual environment
+    fix = "make docker-build" if is_image else "python -m pip install --no-deps -r"
+    finds(found, "FAIL", "missing: nobody-has-this; another version: numpy ", fix)
     assert found.says.startswith("2 of ")
+    with monkeypatch.context() as patch:
+        patch.setattr(environment, "_CONTAINER_MARKS", (here,))
+        patch.setattr(sys, "prefix", sys.base_prefix)
+        finds(environment.lock(), "FAIL", "missing: nobody-has-this", "exit && make docker-build")
     lock.unlink()
     finds(environment.lock(), "FAIL", "requirements.txt is missing", "git checkout requirements.txt")
 
@@ -284,6 +290,7 @@ def test_git_and_what_it_needs(here: Path, monkeypatch: pytest.MonkeyPatch) -> N
         finds(repository.git(), "FAIL", "git is not installed", "apt-get install git")
     with monkeypatch.context() as patch:
         patch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own way to try it without another user
+        patch.setenv("GIT_CONFIG_SYSTEM", os.devnull)  # the image's trusts every folder
         finds(repository.git(), "FAIL", "git refuses this repository", f"--add safe.directory {here}")
     run(here, "git", "config", "user.useConfigOnly", "true")
     run(here, "git", "config", "--unset", "user.name")

@@ -15,6 +15,8 @@ from tools.doctor.finding import Finding, fail, ok, some
 _LOCK = Path("requirements.txt")
 _INSTALL = "make setup && source .venv/bin/activate"
 _REINSTALL = "python -m pip install --no-deps -r requirements.txt"
+_REBUILD = "exit && make docker-build"  # in a container
+_CONTAINER_MARKS = (Path("/.dockerenv"), Path("/run/.containerenv"))  # of Docker, of Podman
 # What only a torch with CUDA needs: a torch of another index (its version ends in +cpu, say) comes without.
 _CUDA_PACKAGES = re.compile(r"(triton|cuda-.*|nvidia-(?!ml-py).*)$")
 
@@ -61,7 +63,7 @@ def lock() -> Finding:
     try:
         from packaging.requirements import Requirement
     except ImportError:
-        return fail("the packages are not installed here", _REINSTALL if in_environment else _INSTALL)
+        return fail("the packages are not installed here", _install(in_environment))
     torch = _version("torch") or ""
     missing, others, count = [], [], 0
     for line in _requirements():
@@ -81,7 +83,7 @@ def lock() -> Finding:
     if wrong:
         return fail(
             f"{len(missing) + len(others)} of {count} packages are not those of {_LOCK}; {'; '.join(wrong)}",
-            _REINSTALL if in_environment or not missing else _INSTALL,
+            _install(in_environment or not missing),
         )
     return ok(f"{count} packages as in {_LOCK}")
 
@@ -92,11 +94,18 @@ def gdrive() -> Finding:
         for name in ("pydrive2.drive", "dvc_gdrive"):
             import_module(name)
     except Exception as error:  # whatever a broken package raises: pyOpenSSL's is an AttributeError
-        fix = _REINSTALL
+        fix = _install(True)
         if _version("pyOpenSSL"):  # iterative/PyDrive2#361; without it, oauth2client signs by itself
             fix = "python -m pip uninstall --yes pyOpenSSL"
         return fail(f"the Google Drive plugin cannot be imported ({_words(error)})", fix)
     return ok(f"dvc-gdrive {_version('dvc-gdrive')}, PyDrive2 {_version('PyDrive2')}")
+
+
+def _install(in_place: bool) -> str:
+    """What brings the packages of the lock: into the environment that runs this, or into one of this project."""
+    if sys.prefix == sys.base_prefix and any(mark.exists() for mark in _CONTAINER_MARKS):
+        return _REBUILD
+    return _REINSTALL if in_place else _INSTALL
 
 
 def _requirements() -> Iterator[str]:
