@@ -27,7 +27,7 @@ NUM_PRODUCTION, NUM_LABELLED = 100, 1000
 def main(arguments: argparse.Namespace) -> int:
     """Clone, let drift come, retrain, look again; print a table."""
     kind, severity = drift = simulation(arguments.drift)
-    params = rehearsal.sample_params()
+    new = rehearsal.NewSampleImages(rehearsal.sample_params())
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="drift-demo-", ignore_cleanup_errors=True) as scratch:
         clone, images = Path(scratch) / "clone", Path(scratch) / "images"
@@ -37,9 +37,9 @@ def main(arguments: argparse.Namespace) -> int:
             f"{NUM_PRODUCTION} clean images, {NUM_PRODUCTION} under {kind} {severity}, and {NUM_LABELLED} labelled ones"
         )
         first, labelled = 2 * NUM_PRODUCTION, range(2 * NUM_PRODUCTION, 2 * NUM_PRODUCTION + NUM_LABELLED)
-        clean = rehearsal.write_images(images / "clean", params, range(NUM_PRODUCTION))
-        drifted = rehearsal.write_images(images / "drifted", params, range(NUM_PRODUCTION, first), drift)
-        rehearsal.write_images(images / "labels", params, labelled, drift, by_class=True)
+        clean = rehearsal.write_images(images / "clean", new, range(NUM_PRODUCTION))
+        drifted = rehearsal.write_images(images / "drifted", new, range(NUM_PRODUCTION, first), drift)
+        rehearsal.write_images(images / "labels", new, labelled, drift, by_class=True)
         steps = {"clean images": _monitor(clone, clean), f"{kind} {severity}": _monitor(clone, drifted)}
         out = Path(scratch) / "retrain.json"
         command = ["tools.retrain", str(drifted), "--labels", str(images / "labels"), "--json", str(out)]

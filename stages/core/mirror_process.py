@@ -13,7 +13,9 @@ from __future__ import annotations
 import json
 import os
 import queue
+import shutil
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -86,10 +88,11 @@ def main() -> None:
     """Mirror one stage."""
     warnings = Warnings()
     run: Any = None
+    scratch: str | None = None
 
     def when_late() -> None:
         warnings.say("W&B did not take everything in time", _folder(run))
-        end_now(0)
+        end_now(0, scratch)
 
     inbox = Inbox(when_late)
     silence = os.open(os.devnull, os.O_WRONLY)
@@ -97,9 +100,11 @@ def main() -> None:
     os.dup2(silence, 2)
     start = inbox.first
     if "verb" in start:  # the stage was killed before it could say anything
-        end_now(0)
+        end_now(0, None)
     warnings.secret = prepare_environment(Path(start["folder"]))
     try:
+        # wandb removes its temporary files when Python ends in the ordinary way, which this process does not.
+        scratch = os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="driftline-wandb-")
         problem = unreachable(inbox.ended) if start["mode"] == "online" else None
         if start["mode"] == "online" and problem is None:
             try:
@@ -111,13 +116,13 @@ def main() -> None:
             warnings.say(problem, _folder(run))
     except Exception as error:  # whatever wandb raises is a warning
         warnings.say(_words(error), None)
-        end_now(1)
+        end_now(1, scratch)
     for message in inbox:
         try:
             VERBS[message["verb"]](run, start, message)
         except Exception as error:
             warnings.say(_words(error), _folder(run))
-    end_now(0)
+    end_now(0, scratch)
 
 
 def _words(error: Exception) -> str:
@@ -128,11 +133,13 @@ def _folder(run: Any) -> Path | None:
     return Path(run.dir).parent if run is not None else None
 
 
-def end_now(exit_code: int) -> NoReturn:
-    """End this process and wandb's: its own way of ending may wait for the network."""
+def end_now(exit_code: int, scratch: str | None) -> NoReturn:
+    """End this process and wandb's, and remove `scratch`: wandb's own way of ending may wait for the network."""
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
             child.kill()
+    if scratch:
+        shutil.rmtree(scratch, ignore_errors=True)
     os._exit(exit_code)
 
 

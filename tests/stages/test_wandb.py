@@ -9,8 +9,9 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -68,11 +69,14 @@ def warnings_in(output: str) -> list[str]:
 
 
 @pytest.fixture
-def ready(packed: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def ready(packed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (packed / "home").mkdir()
     for name, value in clean_environment(packed).items():
         monkeypatch.setenv(name, value)
-    return packed
+    with tempfile.TemporaryDirectory() as temporary:  # short: sockets lie in it
+        monkeypatch.setenv("TMPDIR", temporary)
+        yield packed
+        wait_until(lambda: not any(Path(temporary).iterdir()), 20)  # however the test's stages ended
 
 
 @pytest.fixture
@@ -113,7 +117,7 @@ def test_an_offline_run_holds_what_dvclive_holds(ready: Path, stage: Callable[..
     assert trained.num_samples > 0, "no system metrics"
     (artifact,) = trained.artifacts
     assert (artifact.type, artifact.name) == ("model", "classifier")
-    staged = {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
+    staged = {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}  # outlives the run
     assert {name: path.read_bytes() for name, path in staged.items()} == files(ready / "models/classifier")
 
     expected = json.loads((ready / "metrics/evaluate.json").read_text())
@@ -124,6 +128,10 @@ def test_an_offline_run_holds_what_dvclive_holds(ready: Path, stage: Callable[..
     }
     per_class = next(evaluated.folder.glob("files/media/table/evaluate/per_class_table*.json"))
     assert len(json.loads(per_class.read_text())["data"]) == 10
+
+    tables = [Path(entry.local_path) for one in evaluated.artifacts for entry in one.manifest.contents]
+    assert tables
+    assert all(path.exists() for path in tables), "`wandb sync` needs them"
 
     assert trained.facts.run_group == evaluated.facts.run_group
     assert trained.facts.run_group.startswith("train-")

@@ -34,6 +34,7 @@ from tools.report.machine import cpu_name
 from tools.shared import overrides
 
 OUT = Path("benchmarks/accuracy.json")
+_FIXED = {"data.md5": None, "data.sha256": None, "runtime.cache_dir": "cache", "runtime.device": "cpu"}
 _METRICS = Path("metrics/train/metrics.json")
 _ACCURACY = Path("plain.json")
 
@@ -45,7 +46,7 @@ def main() -> None:
     data = Path(options.data).expanduser().absolute()
     if not data.exists():
         raise InputError(f"--data: {options.data}: no such file or folder")
-    params = _params(options, data)
+    params = overrides.compose_one(options.settings, options.recipe, _FIXED | {"data.source": str(data)})
     from tools.benchmark.measurements import write_files
 
     with benchmark.temporary_directory():
@@ -133,18 +134,6 @@ def _plain() -> None:
     loop = PlainLoop(FILES / "train", params.model.name, recipe, where, num_workers(params.runtime))
     loop.fit(recipe.epochs)
     write_json(_ACCURACY, {"top1": loop.accuracy(FILES / "val")})
-
-
-def _params(options: argparse.Namespace, data: Path) -> dict[str, Any]:
-    """params.yaml with the recipe and the settings over it."""
-    recipes, given = overrides.parse(options.settings, [options.recipe] if options.recipe else [])
-    if swept := [override.input_line for override in given if override.is_sweep_override()]:
-        raise InputError(f"{swept[0]}: one value, not several")
-    settings = {override.key_or_group: overrides.plain(override.value()) for override in given}
-    settings |= {"data.source": str(data), "data.md5": None, "data.sha256": None}
-    params = overrides.compose_params(recipes, settings | {"runtime.cache_dir": "cache", "runtime.device": "cpu"})
-    overrides.check(params, overrides.origin(recipes))
-    return params
 
 
 def _write_params(params: dict[str, Any]) -> None:

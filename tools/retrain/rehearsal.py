@@ -6,10 +6,12 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from ruamel.yaml import YAML
 
@@ -32,14 +34,44 @@ class Params(Section):
     sample: SampleParams
 
 
+class NewImages(Protocol):
+    """Images that no model has seen, each with an index, whose remainder by the number of classes is its class."""
+
+    classes: Sequence[str]
+
+    def pixels(self, index: int) -> NDArray[np.uint8]:
+        """An image, uint8 (size, size, 3)."""
+        ...
+
+
+class NewSampleImages:
+    """Those of the generator."""
+
+    classes: Sequence[str] = sample.CLASSES
+
+    def __init__(self, params: SampleParams) -> None:
+        """As params.yaml has the generator."""
+        self._params = params
+
+    def pixels(self, index: int) -> NDArray[np.uint8]:
+        """An image, uint8 (size, size, 3)."""
+        size = self._params.image_size
+        return decode(sample.render(self._params.seed, _SPLIT, index, size), str(index), size)
+
+
 def sample_params() -> SampleParams:
     """The generator's params; InputError where the repository is not of the generated sample, or no repository."""
+    check_repository()
     params = load_params(Params)
     if params.data.source != "sample":
         raise InputError(f"params.yaml: data.source: this needs the generated sample, not {params.data.source!r}")
+    return params.sample
+
+
+def check_repository() -> None:
+    """InputError where no repository is."""
     if not Path(".git").exists():
         raise InputError("no git repository here; run this from the root of the repository")
-    return params.sample
 
 
 def clone_and_run(root: Path, clone: Path, overrides: dict[str, Any]) -> None:
@@ -69,19 +101,19 @@ def identify(clone: Path) -> None:
 
 def write_images(
     folder: Path,
-    params: SampleParams,
-    indices: range,
+    images: NewImages,
+    indices: Iterable[int],
     drift: tuple[str, int] | None = None,
     by_class: bool = False,
     shift: int = 0,
 ) -> Path:
-    """New images of the sample, corrupted by `drift`; below <class>/ if asked, and there `shift` classes off."""
+    """Write new images as PNG, corrupted by `drift`; below <class>/ if asked, and there `shift` classes off."""
     for index in indices:
-        pixels = decode(sample.render(params.seed, _SPLIT, index, params.image_size), str(index), params.image_size)
+        pixels = images.pixels(index)
         if drift is not None:
             pixels = corrupt(pixels[None], *drift, np.array([index]), seed=7)[0]
-        label = (index + shift) % len(sample.CLASSES)
-        path = (folder / sample.CLASSES[label] if by_class else folder) / f"{index:06d}.png"
+        label = (index + shift) % len(images.classes)
+        path = (folder / images.classes[label] if by_class else folder) / f"{index:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)

@@ -122,6 +122,17 @@ def compose_params(recipes: Sequence[str], settings: Mapping[str, Value]) -> dic
     return {str(section): content for section, content in sections.items()}
 
 
+def compose_one(words: Iterable[str], recipe: str | None, fixed: Mapping[str, Value]) -> dict[str, Any]:
+    """The checked params of one run: params.yaml, a recipe, `words` and then `fixed` laid over it; nothing is swept."""
+    recipes, overrides = parse(words, [recipe] if recipe else [])
+    if swept := [override.input_line for override in overrides if override.is_sweep_override()]:
+        raise InputError(f"{swept[0]}: one value, not several")
+    settings = {override.key_or_group: plain(override.value()) for override in overrides}
+    params = compose_params(recipes, {**settings, **fixed})
+    check(params, origin(recipes))
+    return params
+
+
 def check(params: Mapping[str, Any], where: str) -> None:
     """Check every section as the stages will, so that a wrong value costs nothing; `where` begins the InputError."""
     stages = YAML(typ="safe", pure=True).load(Path("dvc.yaml"))["stages"].values()
