@@ -64,14 +64,15 @@ def main(params: Params) -> None:
 
     from stages.core import detector as detectors
     from stages.core import device, drift_check, drift_figures, drift_summary, model, precision
-    from stages.core.damage import class_accuracies, fit_baselines
-    from stages.core.dataset import check_images, load_meta, load_split
+    from stages.core.damage import fit_baselines, fit_confusion
+    from stages.core.dataset import check_images, load_file_names, load_meta, load_split
     from stages.core.drift_check import Condition
     from stages.core.features import Extractor
     from stages.core.image import CropMode, Interpolation
     from stages.core.measures import fit_projection
     from stages.core.output import write_bytes, write_json, write_text
     from stages.core.progress import progress, stage_summary
+    from stages.core.source import is_extra
     from stages.core.tables import as_csv
     from stages.core.two_sample import population_of
 
@@ -92,7 +93,7 @@ def main(params: Params) -> None:
         clean = extractor.features(images)
         rng = np.random.default_rng(knobs.seed)
         parts = drift_check.split(len(labels), rng)
-        sizes = drift_check.possible_sizes(knobs.window_sizes, parts)
+        sizes = drift_check.possible_sizes(knobs.window_sizes, parts, knobs.images_per_condition)
 
         # Reference images teach the damage estimate, check images measure everything: under each condition, both.
         fit_on = rng.permutation(parts.reference)[: knobs.fit_images]
@@ -109,10 +110,14 @@ def main(params: Params) -> None:
 
         fits = {size: drift_check.fit_sized_damage(fitting, labels, size) for size in sizes}
         known = np.concatenate([parts.reference, parts.threshold])
+        # What drift costs is counted from the images of the source: those of data.extra are drifted ones.
+        extra = np.array([is_extra(name) for name in load_file_names("val")])
+        undrifted = known[~extra[known]]
         projection = fit_projection(clean.rows(parts.reference), knobs.axes)
         detector = detectors.build(
             detectors.DetectorSpec(
                 class_ids=spec.class_ids,
+                classifier_sha256=spec.sha256,
                 image_size=meta.image_size,
                 crop_mode=cast(CropMode, meta.crop_mode),
                 interpolation=cast(Interpolation, meta.interpolation),
@@ -121,8 +126,8 @@ def main(params: Params) -> None:
                 max_drop=knobs.max_drop,
                 null_windows=knobs.null_windows,
                 seed=knobs.seed,
-                baselines=fit_baselines(clean.logits[known], labels[known]),
-                class_accuracy=class_accuracies(clean.logits[known], labels[known]),
+                baselines=fit_baselines(clean.logits[undrifted], labels[undrifted]),
+                confusion=fit_confusion(clean.logits[known], labels[known]),
                 damage=[sized for sized, _ in fits.values()],
                 adapts=drifted[0].adapted[sizes[0]] is not None,
             ),

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stages.core.damage import fit_baselines, fit_damage
+from stages.core.damage import Confusion, fit_baselines, fit_damage
 from stages.core.detector import Detector, DetectorSpec, SizedDamage, build
 from stages.core.features import Features
 from stages.core.image_statistics import STATISTICS
@@ -57,7 +57,8 @@ def detector(num_threshold: int = 400, accuracy: float = 0.5, **changes: Any) ->
         "null_windows": 399,
         "seed": 0,
         "baselines": fit_baselines(threshold.logits, classes_of(num_threshold, 2)),
-        "class_accuracy": [1.0] * NUM_CLASSES,
+        "classifier_sha256": None,
+        "confusion": Confusion(shares=np.eye(NUM_CLASSES).clip(1e-9).tolist(), counts=[1000] * NUM_CLASSES),
         "damage": sizes,
         "adapts": False,
     }

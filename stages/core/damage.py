@@ -18,6 +18,7 @@ from stages.core.params import Section
 Logits = NDArray[np.float32]
 Values = NDArray[np.float64]
 _FLOOR = 1e-3
+_NUM_REDRAWN, _EM_ROUNDS = 100, 200
 
 
 class Baselines(Section):
@@ -57,13 +58,49 @@ def fit_baselines(logits: Logits, labels: NDArray[np.int64]) -> Baselines:
     )
 
 
-def class_accuracies(logits: Logits, labels: NDArray[np.int64]) -> list[float]:
-    """Share of the images predicted as each class that are right; drawn to the mean as one more image would do."""
-    predicted, right = logits.argmax(axis=1), logits.argmax(axis=1) == labels
-    counts = np.bincount(predicted, minlength=logits.shape[1])
-    hits = np.bincount(predicted[right], minlength=logits.shape[1])
-    shares: list[float] = ((hits + right.mean()) / (counts + 1)).tolist()
-    return shares
+class Confusion(Section):
+    """How the images of a class are predicted, which stays as it is when only the mix of classes changes."""
+
+    shares: list[list[float]]  # (num_classes, num_classes): P(predicted | true), a row for each true class
+    counts: list[int]  # (num_classes,) clean images of each class that this is known from
+
+
+def fit_confusion(logits: Logits, labels: NDArray[np.int64]) -> Confusion:
+    """Of clean images (N, num_classes) with labels (N,); each row drawn to the mean as one more image would do."""
+    num_classes = logits.shape[1]
+    predicted = logits.argmax(axis=1)
+    table: Values = np.zeros((num_classes, num_classes))
+    np.add.at(table, (labels, predicted), 1)
+    counts = table.sum(axis=1)
+    right = float(((predicted == labels).sum() + 1) / (len(labels) + 2))  # below 1, so that nothing is impossible
+    one_more: Values = np.full_like(table, (1 - right) / max(1, num_classes - 1))
+    np.fill_diagonal(one_more, right)
+    table += one_more
+    return Confusion(shares=(table / table.sum(axis=1, keepdims=True)).tolist(), counts=counts.astype(int).tolist())
+
+
+def shifted_accuracy(confusion: Confusion, predicted: NDArray[np.int64]) -> tuple[float, float]:
+    """Accuracy, and its standard error, on images predicted as classes (n,) that differ by their mix of classes only.
+
+    The mix is that under which these predictions are the likeliest (Saerens et al. 2002, by expectation-maximisation);
+    the error comes from windows drawn anew, and from how many images of each class the confusion is known from.
+    """
+    shares, known = np.array(confusion.shares), np.array(confusion.counts)
+    right = np.diagonal(shares)
+    seen = np.bincount(predicted, minlength=len(shares)) / len(predicted)
+    again = np.random.default_rng(len(predicted)).multinomial(len(predicted), seen, _NUM_REDRAWN) / len(predicted)
+    mixes = _likeliest_mixes(shares, np.concatenate([seen[None], again]))
+    accuracies = mixes @ right
+    error = (mixes[0] ** 2 * right * (1 - right) / (known + 1)).sum()
+    return float(accuracies[0]), float(np.sqrt(accuracies[1:].var() + error))
+
+
+def _likeliest_mixes(shares: Values, seen: Values) -> Values:
+    """Mixes of true classes (B, num_classes) that make shares of predicted ones (B, num_classes) the likeliest."""
+    mixes: Values = np.full_like(seen, 1 / len(shares))
+    for _ in range(_EM_ROUNDS):
+        mixes = mixes * ((seen / (mixes @ shares)) @ shares.T)
+    return mixes
 
 
 def baseline_estimates(logits: Logits, baselines: Baselines) -> dict[str, float]:

@@ -10,6 +10,7 @@ data/processed/
 
 from __future__ import annotations
 
+import json
 import os
 import zlib
 from pathlib import Path
@@ -62,6 +63,16 @@ def load_meta(folder: Path = PROCESSED) -> PackMeta:
         raise InputError(f"{path}: not found; run `dvc repro preprocess` (or `dvc checkout`)") from None
     except ValidationError as error:
         raise InputError(f"{path}: not written by this version; run `dvc repro preprocess`: {error}") from None
+
+
+def load_file_names(split: str, folder: Path = PROCESSED) -> list[str]:
+    """Name of each image of a split in the source, in the arrays' order."""
+    path = folder / "files.json"
+    try:
+        names: list[str] = json.loads(path.read_bytes())[split]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: {error}; run `dvc repro preprocess` (or `dvc checkout`)") from None
+    return names
 
 
 def load_split(split: str, meta: PackMeta, folder: Path = PROCESSED) -> Split:

@@ -21,9 +21,11 @@ from scipy import stats
 
 from stages.core.damage import (
     Baselines,
+    Confusion,
     DamageModel,
     damage_inputs,
     probability_right,
+    shifted_accuracy,
 )
 from stages.core.errors import InputError
 from stages.core.features import Features
@@ -51,7 +53,8 @@ from stages.core.two_sample import (
 DETECTOR = Path("models/drift")
 Status = Literal["ok", "benign", "harmful"]
 LARGEST_SHARE = 0.25  # of the threshold images that a window may have
-_MATCHED_SHARE = 0.25  # of a window whose class mix has shifted, that must have its like among clean images
+_MATCHED_SHARE = 0.25  # of a window whose class mix has shifted, that must have its like among clean images,
+_MATCHED_IMAGES = 10  # or so many
 _EXCEEDANCES = 10  # clean windows at or beyond the threshold, at least
 SMALLEST_WINDOW = 2  # images that anything can be said of
 
@@ -68,6 +71,7 @@ class DetectorSpec(Section):
     """detector.json: what judging takes beside the arrays."""
 
     class_ids: list[str]
+    classifier_sha256: str | None  # of the model.safetensors that it was calibrated for
     image_size: int  # side in pixels of the images that are looked at
     crop_mode: CropMode
     interpolation: Interpolation
@@ -77,7 +81,7 @@ class DetectorSpec(Section):
     null_windows: int
     seed: int
     baselines: Baselines
-    class_accuracy: list[float]  # share of the clean images predicted as each class that are right
+    confusion: Confusion
     damage: list[SizedDamage]  # by window size
     adapts: bool  # whether the model has batch norms, so that it can be asked a second time
     sha256: str | None = None  # of arrays.safetensors; None before it is saved
@@ -155,7 +159,7 @@ class Detector:
         rng = np.random.default_rng([self.spec.seed, len(window), 2])
         count = self.num_windows(alpha or self.spec.alpha)
         kept, windows = matched_windows(window.classes, self.threshold.classes, count, rng)
-        if len(kept) < max(SMALLEST_WINDOW, _MATCHED_SHARE * len(window)):
+        if len(kept) < max(SMALLEST_WINDOW, min(_MATCHED_IMAGES, _MATCHED_SHARE * len(window))):
             return None
         some = window.rows(kept)
         weights = class_weights(some.classes, self.threshold.classes)
@@ -201,9 +205,9 @@ class Detector:
         accuracy, low, high = self.estimate(features.logits, adapted)
         if shifted and p_value > alpha:
             # A window of few classes is nothing to adapt to; as the images look like clean ones, their classes tell.
-            expected = np.array(self.spec.class_accuracy)[everything.classes]
-            margin = 1.96 * float((expected * (1 - expected)).mean() / len(expected)) ** 0.5
-            accuracy = float(expected.mean())
+            accuracy, error = shifted_accuracy(self.spec.confusion, everything.classes)
+            counting = accuracy * (1 - accuracy) / len(everything)
+            margin = 1.96 * (error**2 + counting) ** 0.5
             low, high = max(0.0, accuracy - margin), min(1.0, accuracy + margin)
         drop = self.spec.baselines.accuracy - accuracy
         return Judgement(

@@ -37,6 +37,7 @@ from stages.core.two_sample import (
 )
 
 REFERENCE_SHARE, THRESHOLD_SHARE = 0.15, 0.425  # of the clean images; the rest checks
+_MOST_THRESHOLD_IMAGES = 4000  # a kernel matrix of them is 128 MB
 CONTAMINATED_ALPHA = 0.05  # at which windows that are drifted in part are counted
 _NUM_WINDOWS = 100  # that a rate is taken over
 _ESTIMATED_IMAGES = 100  # at least, to check the estimate with
@@ -73,13 +74,14 @@ def split(num_images: int, rng: np.random.Generator) -> Parts:
     """Split clean images at random."""
     order = rng.permutation(num_images)
     first = round(REFERENCE_SHARE * num_images)
-    second = first + round(THRESHOLD_SHARE * num_images)
+    second = first + min(round(THRESHOLD_SHARE * num_images), _MOST_THRESHOLD_IMAGES)
     return Parts(*(np.sort(part) for part in (order[:first], order[first:second], order[second:])))
 
 
-def possible_sizes(wanted: Sequence[int], parts: Parts) -> list[int]:
-    """The window sizes that the images allow to calibrate and check; at least one."""
-    largest = max(SMALLEST_WINDOW, min(int(LARGEST_SHARE * len(parts.threshold)), len(parts.check) // 2))
+def possible_sizes(wanted: Sequence[int], parts: Parts, num_corrupted: int) -> list[int]:
+    """The window sizes that the images, and those corrupted a condition, allow to calibrate and check; at least one."""
+    allowed = int(LARGEST_SHARE * len(parts.threshold)), len(parts.check) // 2, num_corrupted
+    largest = max(SMALLEST_WINDOW, min(allowed))
     return [size for size in wanted if size <= largest] or [largest]
 
 

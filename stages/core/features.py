@@ -61,7 +61,9 @@ class Extractor:
         def keep(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             seen.append(inputs[0].float().flatten(1).cpu())
 
-        hook = self.network.get_classifier().register_forward_pre_hook(keep)  # type: ignore[operator]  # timm has it
+        head: Any = self.network.get_classifier()  # type: ignore[operator]  # timm has it
+        # Distilled models have two heads: the first is that of the labels.
+        hook = (head[0] if isinstance(head, tuple | list) else head).register_forward_pre_hook(keep)
         try:
             batches = range(0, len(images), self.batch_size)
             logits = [self._logits(images[start : start + self.batch_size]) for start in batches]

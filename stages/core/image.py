@@ -111,8 +111,9 @@ def _open(content: bytes, name: str) -> Image.Image:
 
 
 def _simple_jpeg(content: bytes, size: int) -> NDArray[np.uint8] | None:
-    """A colour JPEG without EXIF that Pillow would not scale down, without Pillow's 60 us to look at it; or None."""
-    if not content.startswith(b"\xff\xd8\xff") or b"Exif" in content:
+    """A colour JPEG that is not to be turned or scaled down, without Pillow's 60 us to look at it; or None."""
+    # An orientation is in EXIF, or in XMP, as Pillow has it.
+    if not content.startswith(b"\xff\xd8\xff") or b"Exif" in content or b"tiff:Orientation" in content:
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content, strict=True)

@@ -6,15 +6,18 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from stages import drift
 from stages.core import detector as detectors
+from stages.core import drift_check
 from stages.core.corruptions import FAMILIES, SEVERITIES
 from stages.core.errors import InputError
 from stages.core.params import load_params
 from tests.helpers import files, set_params
+from tools.monitor.command import open_detector
 
 
 def test_it_reports_every_condition_and_saves_a_detector_that_loads(
@@ -42,6 +45,35 @@ def test_it_repeats_to_the_bit(repository: Path, monkeypatch: pytest.MonkeyPatch
     drift.main(load_params(drift.Params))
     after = files(Path("models/drift"), Path("plots/drift")) | {"metrics": Path("metrics/drift.json").read_bytes()}
     assert after == before
+
+
+def test_the_clean_accuracy_is_that_of_the_source(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of data.extra are drifted ones: what is lost to drift is not counted from them."""
+    monkeypatch.chdir(repository)
+    path = Path("data/processed/files.json")
+    names = json.loads(path.read_text())
+    labels = np.load("data/processed/val_labels.npy")
+    extra = labels < 5
+    names["val"] = [
+        name.replace("/", "/extra-") if is_extra else name for name, is_extra in zip(names["val"], extra, strict=True)
+    ]
+    path.write_text(json.dumps(names))
+    knobs = load_params(drift.Params)
+    drift.main(knobs)
+
+    detector, extractor = open_detector(detectors.DETECTOR, Path("models/classifier"), knobs.runtime)
+    right = extractor.features(np.load("data/processed/val_images.npy")).logits.argmax(axis=1) == labels
+    parts = drift_check.split(len(labels), np.random.default_rng(knobs.drift.seed))
+    known = np.concatenate([parts.reference, parts.threshold])
+    assert detector.spec.baselines.accuracy == right[known][~extra[known]].mean()
+    assert detector.spec.baselines.accuracy != right[known].mean()
+
+
+def test_sizes_that_no_condition_has_images_for_are_left_out(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repository)
+    set_params(Path("params.yaml"), {"drift.window_sizes": [6], "drift.images_per_condition": 5})
+    drift.main(load_params(drift.Params))
+    assert set(json.loads(Path("metrics/drift.json").read_text())["detection"]) == {"5"}
 
 
 def test_a_model_of_other_classes_is_refused_and_nothing_is_written(

@@ -14,7 +14,7 @@ from PIL import Image
 
 from stages.core.corruptions import corrupt
 from stages.core.errors import InputError
-from tests.helpers import encoded, run, start, truncated, wait_until
+from tests.helpers import encoded, run, set_params, start, truncated, wait_until
 from tools.monitor import command as monitor
 
 
@@ -128,6 +128,14 @@ def test_a_detector_of_another_class_set_or_none_is_refused(production: Path) ->
         monitor.main([str(production)])
     shutil.rmtree("models/drift")
     with pytest.raises(InputError, match="detector.json: not found; run `dvc repro drift`"):
+        monitor.main([str(production)])
+
+
+def test_a_detector_of_the_model_before_is_refused(production: Path) -> None:
+    """`dvc repro evaluate` trains another classifier, of the same classes, and leaves the detector."""
+    set_params(Path("params.yaml"), {"train.lr": 0.005})
+    run(Path(), "dvc", "repro", "evaluate")
+    with pytest.raises(InputError, match="calibrated for another classifier than models/classifier.*`dvc repro drift`"):
         monitor.main([str(production)])
 
 

@@ -132,6 +132,11 @@ def open_detector(folder: Path, classifier: Path, runtime: RuntimeParams) -> tup
             f"({', '.join(detector.spec.class_ids[:3])}, ...), {classifier} has {len(spec.class_ids)} "
             f"({', '.join(spec.class_ids[:3])}, ...): run `dvc repro drift`, or name the detector of this classifier"
         )
+    if spec.sha256 != detector.spec.classifier_sha256:
+        raise InputError(
+            f"{folder} was calibrated for another classifier than {classifier}, which has been trained since: run "
+            "`dvc repro drift`, or name the detector of this classifier"
+        )
     return detector, Extractor(network, spec, precision.resolve(detector.spec.precision, where), where)
 
 

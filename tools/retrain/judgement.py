@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 
 from stages.core import device, inference, model, precision
-from stages.core.dataset import PROCESSED, Split, check_images, load_meta, load_split
+from stages.core.dataset import Split, check_images, load_file_names, load_meta, load_split
 from stages.core.image import decode
 from stages.core.loader import evaluation_batches, open_source
 from stages.core.packing import Geometry
@@ -56,8 +55,7 @@ class Trial:
         meta = load_meta()
         packed = load_split("val", meta)
         check_images(packed)
-        names: list[str] = json.loads((PROCESSED / "files.json").read_text())["val"]
-        rows = np.flatnonzero([not is_extra(name) for name in names])
+        rows = np.flatnonzero([not is_extra(name) for name in load_file_names("val")])
         held_out = [image for image in images.images if image.split == "val"]
         knobs = params.preprocess
         geometry = Geometry(knobs.image_size, knobs.crop_mode, knobs.interpolation)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import tarfile
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from PIL import Image
 
 from stages.core.archive import LabelledFile, Limits, open_labelled
 from stages.core.corruptions import corrupt
-from stages.core.dataset import PROCESSED, check_images, load_meta, load_split
+from stages.core.dataset import check_images, load_file_names, load_meta, load_split
 from stages.core.download import file_hash
 from stages.core.errors import InputError
 from stages.core.image import check_is_image
@@ -94,12 +93,12 @@ def open_folder(
 
 def simulate(kind: str, severity: int, share: float) -> LabelledSet:
     """The packed training images (`share` of them) and validation images, corrupted; those of `data.extra` left out."""
-    meta, names = load_meta(), json.loads((PROCESSED / "files.json").read_text())
+    meta = load_meta()
     images: list[LabelledImage] = []
     for split in SPLITS:
         packed = load_split(split, meta)
         check_images(packed)
-        rows: NDArray[np.int64] = np.flatnonzero([not is_extra(name) for name in names[split]])
+        rows: NDArray[np.int64] = np.flatnonzero([not is_extra(name) for name in load_file_names(split)])
         if split == "train" and share < 1:
             rows = rows[uniforms(0, 0, rows, 1)[:, 0] < share]
         images += [

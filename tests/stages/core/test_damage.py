@@ -16,8 +16,10 @@ from stages.core.damage import (
     baseline_estimates,
     damage_inputs,
     fit_baselines,
+    fit_confusion,
     fit_damage,
     probability_right,
+    shifted_accuracy,
 )
 
 
@@ -147,3 +149,46 @@ def test_probabilities_of_wild_inputs_are_probabilities() -> None:
     found = probability_right(model, 1e6 * rng.normal(size=(50, 3)))
     assert ((found >= 0) & (found <= 1)).all()
     assert DamageModel.model_validate_json(model.model_dump_json()) == model
+
+
+def predictions(labels: NDArray[np.int64], recalls: list[float], rng: np.random.Generator) -> NDArray[np.float32]:
+    """One-hot logits: of each class so many are right, and the others are taken for the next class."""
+    wrong = rng.random(len(labels)) > np.array(recalls)[labels]
+    predicted = (labels + wrong) % len(recalls)
+    return np.eye(len(recalls), dtype=np.float32)[predicted]
+
+
+def test_the_confusion_is_by_true_class() -> None:
+    labels = np.arange(3000) % 3
+    found = fit_confusion(predictions(labels, [0.7, 0.9, 1.0], np.random.default_rng(0)), labels)
+    assert found.counts == [1000, 1000, 1000]
+    shares = np.array(found.shares)
+    assert np.abs(shares - np.array([[0.7, 0.3, 0], [0, 0.9, 0.1], [0, 0, 1]])).max() < 0.04
+    assert shares.min() > 0
+    assert shares.sum(axis=1) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("mix", [[1, 0, 0], [0, 1, 0], [0.5, 0.5, 0], [0.2, 0.2, 0.6]])
+def test_the_accuracy_under_another_mix_is_that_of_its_classes(mix: list[float]) -> None:
+    """Not that of the predicted classes: of those called 1, most are right on the clean mix, and none on class 0."""
+    recalls = [0.7, 0.9, 0.99]
+    rng = np.random.default_rng(1)
+    labels = np.arange(600) % 3
+    confusion = fit_confusion(predictions(labels, recalls, rng), labels)
+    inside = 0
+    for _ in range(200):
+        window = rng.choice(3, 200, p=mix)
+        logits = predictions(window, recalls, rng)
+        predicted = logits.argmax(axis=1).astype(np.int64)
+        accuracy, error = shifted_accuracy(confusion, predicted)
+        truth = float((predicted == window).mean())
+        assert accuracy == pytest.approx(truth, abs=0.17)
+        counting = accuracy * (1 - accuracy) / len(window)
+        inside += abs(accuracy - truth) <= 1.96 * (error**2 + counting) ** 0.5
+    assert inside >= 180, "of 200 intervals of 95 %; the confusion, which is off by chance, is the same for all"
+
+
+def test_one_class_that_is_always_right() -> None:
+    confusion = fit_confusion(np.ones((5, 1), dtype=np.float32), np.zeros(5, dtype=np.int64))
+    accuracy, error = shifted_accuracy(confusion, np.zeros(4, dtype=np.int64))
+    assert (accuracy, error) == (1.0, 0.0)

@@ -101,6 +101,19 @@ def test_without_enough_clean_images_of_its_classes_a_window_has_no_match(calm: 
     assert judgement.num_tested == 30
 
 
+def test_a_large_window_of_a_rare_class_is_compared_with_the_few_of_its_like(calm: Detector) -> None:
+    """Fewer than a quarter of the window match; against all classes it would be taken for drift."""
+    rare = calm.threshold.classes == 3
+    few = calm.threshold.rows(np.concatenate([np.flatnonzero(~rare), np.flatnonzero(rare)[:30]]))
+    judge = detectors.build(calm.spec, calm.projection, few)
+    for seed in range(5):
+        judgement = judge.judge(features(80, 300 + seed, classes=np.full(80, 3)), None)
+        assert judgement.class_shift
+        assert 10 <= judgement.num_tested < 20
+        assert judgement.status == "ok"
+    assert judge.judge(features(80, 310, looks=1.0, classes=np.full(80, 3)), None).status != "ok"
+
+
 def test_more_images_than_can_be_tested_are_thinned(calm: Detector) -> None:
     """The estimate takes all of them; the test takes evenly spaced ones, so that a window's end counts as its start."""
     assert calm.largest_window == 100

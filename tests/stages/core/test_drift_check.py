@@ -56,7 +56,15 @@ def test_the_split_is_disjoint_and_covers(count: int) -> None:
 def test_sizes_are_those_that_a_quarter_and_a_half_allow(threshold: int, check: int, expected: list[int]) -> None:
     """A quarter of the threshold images, half of the check images; the largest possible where none is."""
     parts = Parts(np.arange(10), np.arange(threshold), np.arange(check))
-    assert possible_sizes([5, 20, 100], parts) == (expected if threshold > 24 else [min(expected)])
+    assert possible_sizes([5, 20, 100], parts, 500) == (expected if threshold > 24 else [min(expected)])
+    assert possible_sizes([5, 20, 100], parts, 99) == [size for size in expected if size < 100]
+    assert possible_sizes([5, 20, 100], parts, 3) == [min(3, *expected)]
+
+
+def test_a_large_set_is_not_all_held_in_memory() -> None:
+    parts = split(50_000, np.random.default_rng(0))
+    assert [len(part) for part in parts] == [7500, 4000, 38_500]
+    assert len(np.unique(np.concatenate(parts))) == 50_000
 
 
 def test_adapted_images_are_whole_windows() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -86,6 +87,17 @@ def test_images_of_another_size_are_resized_whole() -> None:
     with torch.inference_mode():
         expected = looking.network(doubled)
     np.testing.assert_allclose(looking.features(small).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_embedding_of_a_model_with_two_heads_is_what_the_first_sees() -> None:
+    network = timm.create_model("levit_128s", num_classes=5).eval()
+    names = [str(label) for label in range(5)]
+    spec = ModelSpec(architecture="levit_128s", classes=names, class_ids=names, image_size=224, mean=MEAN, std=STD)
+    images = clouds(2, 32, 32)
+    seen = Extractor(network, spec, Policy(torch.float32, False), CPU).features(images)
+    assert seen.embedding.shape == (2, network.num_features)
+    assert seen.logits.shape == (2, 5)
+    assert not any(part._forward_pre_hooks for part in network.modules())
 
 
 def test_rows_keep_together() -> None:

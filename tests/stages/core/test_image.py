@@ -61,6 +61,11 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
     exif[0x0112] = orientation
     pixels = decode(encoded(stored, "JPEG", quality=95, exif=exif.tobytes()), "x", 32)
     assert np.abs(pixels.astype(int) - np.asarray(upright)).mean() < 4
+    # Where EXIF was stripped and XMP kept.
+    xmp = f'<x:xmpmeta><rdf:Description tiff:Orientation="{orientation}"/></x:xmpmeta>'.encode()
+    content = encoded(stored, "JPEG", quality=95, xmp=xmp)
+    assert b"Exif" not in content
+    assert np.array_equal(decode(content, "x", 32), pixels)
 
 
 def test_the_modes_of_cropping() -> None:
