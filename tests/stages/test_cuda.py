@@ -76,12 +76,18 @@ def deterministic() -> Iterator[None]:
 
 
 def train(
-    split: Split, meta: PackMeta, record: bool = True, resident: bool = True, stop_at: int | None = None, **changes: Any
+    split: Split,
+    meta: PackMeta,
+    record: bool = True,
+    resident: bool = True,
+    stop_at: int | None = None,
+    gpu: int = 0,
+    **changes: Any,
 ) -> Outcome:
     """A short run; at step `stop_at` all is saved and loaded into a new trainer."""
     params = load_params(Params, ROOT / "params.yaml")
     recipe = params.train.model_copy(update={"image_size": 32, "batch_size": 16, "epochs": 1} | changes)
-    where = torch.device("cuda", 0)
+    where = torch.device("cuda", gpu)
     policy = precision.resolve(recipe.precision, where, recipe.smallest_side)
 
     def fresh() -> engine.Trainer:
@@ -116,6 +122,18 @@ def test_a_run_repeats_to_the_bit(split: Split, meta: PackMeta, optimizer: str) 
 @pytest.mark.parametrize("changes", [{}, {"grad_accumulation": 2}, {"grad_clip": 1.0}, {"progressive": 24}])
 def test_a_recorded_step_is_the_step(split: Split, meta: PackMeta, optimizer: str, changes: dict[str, Any]) -> None:
     recorded, plain = (train(split, meta, record, optimizer=optimizer, **changes) for record in (True, False))
+    check_close(recorded, plain)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_step_is_recorded_on_the_gpu_that_is_asked_for(split: Split, meta: PackMeta) -> None:
+    runtime = load_params(Params, ROOT / "params.yaml").runtime
+    where = device.set_up(runtime.model_copy(update={"device": "cuda:1"}))
+    assert torch.cuda.current_device() == where.index == 1
+    check_close(*(train(split, meta, record, gpu=1) for record in (True, False)))
+
+
+def check_close(recorded: Outcome, plain: Outcome) -> None:
     assert (recorded.losses - plain.losses).abs().max() < 2e-3
     for name, value in recorded.weights.items():
         if value.is_floating_point():
