@@ -53,10 +53,13 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`; before the first step only."""
         self.model.load_state_dict(state["model"])
-        rates = [group["lr"] for group in self.optimizer.param_groups]  # may be tensors that a CUDA graph reads
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        # Whether a CUDA graph holds the step is this trainer's own matter: then the rate is a tensor. torch looks at
+        # `capturable` while it loads.
+        groups = [
+            saved | {key: own[key] for key in ("lr", "capturable") if key in own}
+            for saved, own in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True)
+        ]
+        self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
         self.scaler.load_state_dict(state["scaler"])
         if isinstance(self.average, ModelEmaV3):
             self.average.module.load_state_dict(state["average"])

@@ -149,6 +149,44 @@ def test_going_on_is_as_if_nothing_had_happened(
     assert whole == train(split, meta, optimizer=optimizer, stop_at=5, **changes)
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw", "sgd"])
+@pytest.mark.parametrize("recorded_first", [True, False])
+def test_one_gpu_goes_on_from_several_and_the_reverse(
+    split: Split, meta: PackMeta, optimizer: str, recorded_first: bool
+) -> None:
+    """Several processes wrap the network, and their steps are not recorded: here the wrapper alone."""
+    params = load_params(Params, ROOT / "params.yaml")
+    recipe = params.train.model_copy(update={"image_size": 32, "batch_size": 16, "optimizer": optimizer})
+    where = torch.device("cuda", 0)
+    policy = precision.resolve("bf16", where, recipe.smallest_side)
+    source = loader.open_source(split, where, True, 0)
+    images, labels = next(loader.training_batches(source, meta, recipe, policy.dtype, 0))
+
+    def fresh(record: bool) -> engine.Trainer:
+        network = model.create(params.model, 10, 0)
+        wrap = (lambda network: network) if record else torch.nn.Sequential
+        return engine.create_trainer(network, recipe, policy, where, wrap)
+
+    first, second = fresh(recorded_first), fresh(not recorded_first)
+    assert (second.captured is None) == recorded_first
+    engine.train_step(first, images, labels, 0.003, 0)
+    saved = io.BytesIO()
+    torch.save(first.state_dict(), saved)
+    own = [group.get("capturable") for group in second.optimizer.param_groups]
+    second.load_state_dict(torch.load(io.BytesIO(saved.getvalue()), map_location="cpu", weights_only=True))
+    assert [group.get("capturable") for group in second.optimizer.param_groups] == own
+    for step in (1, 2):
+        assert engine.train_step(second, images, labels, 0.003, step).isfinite()
+
+
+def test_the_profile_has_the_operators_of_a_recorded_step(workspace: Path) -> None:
+    set_params(workspace / "params.yaml", {"runtime.device": "cuda"})
+    extract.main(load_params(extract.Params))
+    preprocess.main(load_params(preprocess.Params))
+    profile.main(load_params(profile.Params))
+    assert "aten::convolution_backward" in (workspace / "data/profile/operators.csv").read_text()
+
+
 @pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_stage_goes_on(workspace: Path, which: signal.Signals) -> None:
     changes = {"sample.train_images": 600, "runtime.device": "cuda", "runtime.checkpoint_steps": 7, "train.epochs": 20}

@@ -120,6 +120,21 @@ def test_a_trainer_goes_on_from_its_state_to_the_bit(optimizer: str, params: Par
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
+def test_a_trainer_goes_on_from_the_state_of_a_gpu_that_recorded_its_steps(params: Params) -> None:
+    images, labels = batch()
+    first = trainer(params, optimizer="adamw")
+    engine.train_step(first, images, labels, 0.01, 0)
+    state = first.state_dict()
+    for group in state["optimizer"]["param_groups"]:
+        group.update(capturable=True, lr=torch.tensor(0.5))
+    second = trainer(params, optimizer="adamw")
+    second.load_state_dict(state)
+    assert [group["capturable"] for group in second.optimizer.param_groups] == [False, False]
+    assert all(group["lr"] == params.train.lr for group in second.optimizer.param_groups)
+    assert engine.train_step(second, images, labels, 0.01, 1).isfinite()
+    assert all(value["step"] == 2 for value in second.optimizer.state.values())
+
+
 def test_accumulated_parts_make_the_same_step(params: Params) -> None:
     """For a network without batch norms, whose parts would see statistics of their own."""
     images, labels = batch(8)
