@@ -119,11 +119,13 @@ def _open_session(
     params: Params, meta: PackMeta, steps_per_epoch: int, where: torch.device, world: World, stop: StopRequest
 ) -> Session:
     """Make the model and name the checkpoints; nothing is written yet."""
+    import timm
     import torch
 
     from stages.core import engine, model, precision
     from stages.core.batchnorm import share_statistics
     from stages.core.checkpoint import CheckpointStore, fingerprint
+    from stages.core.output import sha256_of
     from stages.core.session import Session
 
     batch_size, num_parts = params.train.batch_size, world.shard.num_shards * params.train.grad_accumulation
@@ -136,11 +138,14 @@ def _open_session(
     network = model.create(params.model, len(meta.classes), params.train.seed)
     if world.shard.num_shards > 1:
         network = share_statistics(network, where)
+    weights = params.model.weights
     facts: dict[str, Any] = {
         "model": params.model.model_dump(),
         "train": params.train.model_dump(),
         "data": meta.model_dump(),
+        "weights": None if weights is None else sha256_of(Path(weights).expanduser()),
         "torch": torch.__version__,
+        "timm": timm.__version__,
         "device": where.type,
         "dtype": str(policy.dtype),
     }

@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from stages import evaluate, preprocess, profile, train
 from stages.core import model
 from stages.core.dataset import load_meta
+from stages.core.distributed import World
 from stages.core.errors import InputError
 from stages.core.params import load_params
+from stages.core.stopping import StopRequest
 from tests.helpers import files, set_params
 
 
@@ -93,6 +95,23 @@ def test_fine_tuning_starts_from_the_file(packed: Path) -> None:
     for name in before:
         if "running" not in name and "num_batches" not in name:
             torch.testing.assert_close(before[name], after[name], atol=1e-5, rtol=0)
+
+
+def test_a_run_from_weights_that_were_replaced_is_another_run(packed: Path) -> None:
+    run_train(packed)
+    state = load_file("models/classifier/model.safetensors")
+    set_params(packed / "params.yaml", {"model.weights": "start.safetensors"})
+
+    def checkpoints() -> Path:
+        cpu = torch.device("cpu")
+        params = load_params(train.Params)
+        return train._open_session(params, load_meta(), 3, cpu, World(cpu), StopRequest()).store.folder
+
+    save_file(state, "start.safetensors")
+    before = checkpoints()
+    assert checkpoints() == before
+    save_file({name: value + 1 for name, value in state.items()}, "start.safetensors")
+    assert checkpoints() != before
 
 
 def test_evaluate_measures_what_train_left(packed: Path) -> None:
