@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages import extract, preprocess
+from stages import extract, preprocess, profile
 from stages.core import device, engine, loader, model, precision
 from stages.core.dataset import PackMeta, Split
 from stages.core.errors import InputError

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -160,6 +161,27 @@ def test_profile_measures_and_records(packed: Path) -> None:
     set_params(packed / "params.yaml", {"profile.repeat": 1})
     profile.main(load_params(profile.Params))
     assert files(packed / "data/profile")["operators.csv"].decode() == table, "the hashed out does not repeat"
+
+
+def test_profile_measures_the_share_of_one_process(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    set_params(packed / "params.yaml", {"runtime.processes": 2})
+    profile.main(load_params(profile.Params))
+    assert "ms a step of 10 on cpu (one of 2 processes)" in capsys.readouterr().out
+    table = (packed / "data/profile/operators.csv").read_text()
+    assert "[10, 3, 32, 32]" in table
+    assert "[20, 3, 32, 32]" not in table
+    numbers = json.loads((packed / "metrics/profile.json").read_text())
+    assert numbers["images_per_second"] < 1.5 * 10 / (numbers["step_ms_p50"] / 1e3), "more than the share was counted"
+    set_params(packed / "params.yaml", {"runtime.processes": 3})
+    with pytest.raises(InputError, match=r"train\.batch_size: 20 does not divide into 3 processes"):
+        profile.main(load_params(profile.Params))
+
+
+@pytest.mark.parametrize("stage", [train, profile])
+def test_one_image_at_a_time_is_refused_where_there_are_batch_norms(stage: ModuleType, packed: Path) -> None:
+    set_params(packed / "params.yaml", {"train.batch_size": 1})
+    with pytest.raises(InputError, match=r"train\.batch_size: 1: batch normalisation needs more than one image"):
+        stage.main(load_params(stage.Params))
 
 
 def test_profile_counts_the_floating_point_operations(packed: Path) -> None:

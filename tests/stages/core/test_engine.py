@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from stages import profile
 from stages.core import engine, inference, model, precision
 from stages.core.device import set_up
 from stages.core.errors import InputError
@@ -148,6 +149,16 @@ def test_accumulated_parts_make_the_same_step(params: Params) -> None:
         assert losses == pytest.approx(states[0][0], rel=1e-4)
         for a, b in zip(weights, states[0][1], strict=True):
             torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
+
+
+def test_floating_point_operations_are_counted_on_one_part(params: Params) -> None:
+    found, sizes = [], []
+    for parts in (1, 4):
+        state = trainer(params, grad_accumulation=parts)
+        state.model.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+        found.append(profile._flops_per_image(state, *batch(8)))
+    assert sizes == [8, 2]
+    assert found[0] == found[1] > 0
 
 
 def test_what_a_step_changes_is_known(params: Params) -> None:
