@@ -1,5 +1,8 @@
 """Stage profile: the real train step and the real loader under torch.profiler.
 
+With `runtime.processes` it is the share of one process, without what the processes exchange. On CUDA the times are of
+the step as train runs it, a CUDA graph; the operators are recorded without one, because a graph dispatches none.
+
 Inputs   data/processed/; params `model`, `train`, `profile`, `runtime`
 Outputs  data/profile/operators.csv   operators of one train step: calls, shapes, FLOPs. No times, so that it repeats
 Beside   data/profile/trace.json.gz   Chrome trace (open in https://ui.perfetto.dev), one a repeat
@@ -80,19 +83,24 @@ def main(params: Params) -> None:
 
     meta = load_meta()
     split = load_split("train", meta)
-    where = device.set_up(params.runtime)
+    num_processes = device.num_processes(params.runtime)
+    where = device.set_up(params.runtime, count=num_processes)
+    share = params.train.share(num_processes)
     policy = precision.resolve(params.train.precision, where, params.train.smallest_side)
     network = model.create(params.model, len(meta.classes), params.train.seed)
     trainer = engine.create_trainer(network, params.train, policy, where)
+    if num_processes > 1:
+        trainer.captured = None  # as in train
 
-    with stage_summary("profile") as made:
+    with stage_summary("profile") as made, engine.step_errors(params.train, where, lambda: "in the profile"):
         source = open_source(split, where, params.runtime.resident, num_workers(params.runtime))
-        recipe = params.train.model_copy(update={"progressive": None})  # the step at full size
+        recipe = params.train.model_copy(update={"progressive": None, "batch_size": share})  # the step at full size
         batches = _endless_batches(source, meta, recipe, policy.dtype)
         flops = _flops_per_image(trainer, *next(batches))
         numbers = _time_steps(trainer, batches, params, where)
         numbers["peak_memory_mb"] = _peak_memory_mb(where)
         numbers["flops_per_image"] = flops
+        trainer.captured = None  # a graph's operators would not be seen
         with replace_directory(PROFILE) as out:
             profiler = _record_steps(trainer, batches, params, where, out)
             write_text(out / "operators.csv", _operator_table(profiler, params.profile.active * params.profile.repeat))
@@ -101,7 +109,7 @@ def main(params: Params) -> None:
                     _draw_memory(trace)
         write_json(METRICS, numbers)
         made.append(f"{numbers['images_per_second']:,.0f} img/s, {numbers['step_ms_p50']:.0f} ms a step of ")
-        made[-1] += f"{params.train.batch_size} on {where}"
+        made[-1] += f"{share} on {where}" + (f" (one of {num_processes} processes)" if num_processes > 1 else "")
         made.append(f"loader {numbers['data_wait_share']:.1%}")
         made.append(f"trace in {PROFILE}")
 
@@ -118,9 +126,11 @@ def _endless_batches(
 
 
 def _flops_per_image(trainer: Trainer, images: torch.Tensor, labels: torch.Tensor) -> int:
-    """Floating-point operations of forward and backward, a multiply-add counted as two."""
+    """Floating-point operations of forward and backward, a multiply-add counted as two; of one part of the batch."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    part = len(labels) // trainer.grad_accumulation
+    images, labels = images[:part], labels[:part]
     with FlopCounterMode(display=False) as counter, trainer.policy.autocast(images.device):
         trainer.loss(trainer.model(images), labels).backward()
     return int(counter.get_total_flops()) // len(labels)
@@ -136,7 +146,7 @@ def _time_steps(
     from stages.core.engine import train_step
     from stages.core.progress import progress
 
-    loading, total = [], []
+    num_images, loading, total = 0, [], []
     num_warmup = max(2, params.profile.warmup)
     num_steps = num_warmup + params.profile.timed_steps
     for step in progress(range(num_steps), "profile: time", num_steps, "step"):
@@ -149,8 +159,9 @@ def _time_steps(
         if step >= num_warmup:
             loading.append(loaded - start)
             total.append(time.perf_counter() - start)
+            num_images += len(labels)
     return {
-        "images_per_second": round(params.train.batch_size * len(total) / sum(total), 1),
+        "images_per_second": round(num_images / sum(total), 1),
         "step_ms_p50": round(1e3 * float(np.percentile(total, 50)), 2),
         "step_ms_p95": round(1e3 * float(np.percentile(total, 95)), 2),
         "data_wait_share": round(sum(loading) / sum(total), 4),

@@ -119,28 +119,28 @@ def _open_session(
     params: Params, meta: PackMeta, steps_per_epoch: int, where: torch.device, world: World, stop: StopRequest
 ) -> Session:
     """Make the model and name the checkpoints; nothing is written yet."""
+    import timm
     import torch
 
     from stages.core import engine, model, precision
     from stages.core.batchnorm import share_statistics
     from stages.core.checkpoint import CheckpointStore, fingerprint
+    from stages.core.output import sha256_of
     from stages.core.session import Session
 
-    batch_size, num_parts = params.train.batch_size, world.shard.num_shards * params.train.grad_accumulation
-    if batch_size % num_parts:
-        raise InputError(
-            f"params.yaml: train.batch_size: {batch_size} does not divide into {world.shard.num_shards} processes "
-            f"with train.grad_accumulation {params.train.grad_accumulation}: use a multiple of {num_parts}"
-        )
+    params.train.share(world.shard.num_shards)  # refuses a batch that does not divide
     policy = precision.resolve(params.train.precision, where, params.train.smallest_side)
     network = model.create(params.model, len(meta.classes), params.train.seed)
     if world.shard.num_shards > 1:
         network = share_statistics(network, where)
+    weights = params.model.weights
     facts: dict[str, Any] = {
         "model": params.model.model_dump(),
         "train": params.train.model_dump(),
         "data": meta.model_dump(),
+        "weights": None if weights is None else sha256_of(Path(weights).expanduser()),
         "torch": torch.__version__,
+        "timm": timm.__version__,
         "device": where.type,
         "dtype": str(policy.dtype),
     }
@@ -160,7 +160,7 @@ def _open_session(
 def _train_epoch(session: Session, source: Source, meta: PackMeta) -> float:
     """Train to the end of the epoch; returns images per second."""
     from stages.core import device
-    from stages.core.engine import ran_out_of_memory, train_step
+    from stages.core.engine import step_errors, train_step
     from stages.core.keyed import seed_for
     from stages.core.loader import training_batches
     from stages.core.progress import progress
@@ -172,49 +172,31 @@ def _train_epoch(session: Session, source: Source, meta: PackMeta) -> float:
         what = f"epoch {session.epoch + 1}/{params.epochs}"
         batches = progress(batches, what, session.epoch_end - session.step, "step")
     start, start_step, recorded = time.perf_counter(), session.step, trainer.recording_seconds
-    try:
+    with step_errors(params, where, lambda: f"at step {session.step}"):
         for images, labels in batches:
             # Dropout and the like: a step does not depend on those before.
             device.seed(where, seed_for(params.seed, session.step, world.shard.rank))
             session.after_step(train_step(trainer, images, labels, session.rate(session.step), session.step))
-    except RuntimeError as error:
-        if not ran_out_of_memory(error):
-            raise
-        raise InputError(
-            f"out of memory on {where} at step {session.step} with train.batch_size {params.batch_size} and "
-            f"train.image_size {params.image_size}: set train.grad_accumulation to {2 * params.grad_accumulation} (the "
-            "same step in smaller parts), lower train.batch_size or train.image_size, or set runtime.resident to false"
-        ) from None
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise InputError(
-            f"params.yaml: train.batch_size: {params.batch_size}: batch normalisation needs more than one image at a "
-            "time: use at least 2, in each part and process"
-        ) from None
     device.synchronize(where)
     seconds = time.perf_counter() - start - (trainer.recording_seconds - recorded)
     return (session.step - start_step) * params.batch_size / seconds
 
 
 def _validate(session: Session, source: Source, meta: PackMeta) -> tuple[float, float]:
-    """Cross-entropy (nats) and top-1 share of the averaged weights."""
+    """Cross-entropy (nats) and top-1 share of the averaged weights, in batches as large as a part of a train step."""
     import torch
 
+    from stages.core.engine import step_errors
     from stages.core.inference import predict
     from stages.core.loader import evaluation_batches
 
-    params, trainer = session.params, session.trainer
+    params, trainer, shard = session.params, session.trainer, session.world.shard
+    batch_size = params.share(shard.num_shards) // params.grad_accumulation
     batches = evaluation_batches(
-        source,
-        meta.mean,
-        meta.std,
-        params.image_size,
-        params.batch_size,
-        trainer.policy.dtype,
-        session.world.shard,
+        source, meta.mean, meta.std, params.image_size, batch_size, trainer.policy.dtype, shard
     )
-    part = predict(trainer.average.module, takewhile(lambda _: not session.stop, batches), trainer.policy)
+    with step_errors(params, source.device, lambda: f"in the validation after step {session.step}"):
+        part = predict(trainer.average.module, takewhile(lambda _: not session.stop, batches), trainer.policy)
     session.stop_if_asked()
     logits = session.world.gather(part)
     labels = torch.from_numpy(source.split.labels)

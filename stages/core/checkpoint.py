@@ -16,7 +16,7 @@ import pickle
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,12 @@ class CheckpointStore:
     def locked(self) -> Iterator[None]:
         """Hold the run for this process; InputError when another process keeps it for half a minute.
 
-        Forgets runs that were left alone for two weeks.
+        Forgets other runs that were left alone for two weeks.
         """
         make_cache_dir(self.folder.parent)
         try:
             with FileLock(self.folder.with_suffix(".lock"), timeout=_LOCK_SECONDS):
-                _forget_old_runs(self.folder.parent)
+                _forget_old_runs(self.folder)
                 yield
         except Timeout:
             raise InputError(
@@ -105,11 +105,26 @@ class CheckpointStore:
         return sorted(self.folder.glob("step-*.pt"))
 
 
-def _forget_old_runs(root: Path) -> None:
+def _forget_old_runs(own: Path) -> None:
+    """Remove the runs beside the one of folder `own` that are old; each is held meanwhile, so no process uses it."""
     oldest = time.time() - _MAX_DAYS * 24 * 3600
-    for lock in root.glob("*.lock"):
+    for lock in own.parent.glob("*.lock"):
         folder = lock.with_suffix("")
-        files = [lock, *(folder.iterdir() if folder.is_dir() else ())]
-        if max(file.stat().st_mtime for file in files) < oldest:
-            shutil.rmtree(folder, ignore_errors=True)
-            lock.unlink(missing_ok=True)
+        if folder == own:
+            continue
+        with suppress(Timeout, PermissionError), FileLock(lock, timeout=0):  # in use, or another user's
+            if _last_change(lock) < oldest:
+                shutil.rmtree(folder, ignore_errors=True)
+                lock.unlink(missing_ok=True)
+
+
+def _last_change(lock: Path) -> float:
+    """Newest modification time (seconds since 1970) of a run's files; other processes may remove them meanwhile."""
+    files = [lock]
+    with suppress(FileNotFoundError):
+        files += lock.with_suffix("").iterdir()
+    times = [0.0]
+    for file in files:
+        with suppress(FileNotFoundError):
+            times.append(file.stat().st_mtime)
+    return max(times)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,12 +51,15 @@ class Trainer:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`; before the first step only."""
+        """Go on from `state_dict()`, be it of another device; before the first step only."""
         self.model.load_state_dict(state["model"])
-        rates = [group["lr"] for group in self.optimizer.param_groups]  # may be tensors that a CUDA graph reads
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        # Whether a CUDA graph holds the step is this trainer's own matter: then the rate is a tensor. torch looks at
+        # `capturable` while it loads.
+        groups = [
+            saved | {key: own[key] for key in ("lr", "capturable") if key in own}
+            for saved, own in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True)
+        ]
+        self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
         self.scaler.load_state_dict(state["scaler"])
         if isinstance(self.average, ModelEmaV3):
             self.average.module.load_state_dict(state["average"])
@@ -163,6 +166,31 @@ def is_finite(model: nn.Module) -> bool:
     """Whether every weight and buffer is a finite number."""
     values = [value for value in model.state_dict().values() if value.is_floating_point()]
     return bool(torch.stack([value.isfinite().all() for value in values]).all())
+
+
+@contextmanager
+def step_errors(params: TrainParams, device: torch.device, when: Callable[[], str]) -> Iterator[None]:
+    """InputError, with what to change, when memory runs out or a part of the batch is too small for batch norms.
+
+    `when()` says in the message how far the run was.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise InputError(
+            f"params.yaml: train.batch_size: {params.batch_size}: batch normalisation needs more than one image at a "
+            "time: use at least 2, in each part and process"
+        ) from None
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
+        raise InputError(
+            f"out of memory on {device} {when()} with train.batch_size {params.batch_size} and train.image_size "
+            f"{params.image_size}: set train.grad_accumulation to {2 * params.grad_accumulation} (the same step in "
+            "smaller parts), lower train.batch_size or train.image_size, or set runtime.resident to false"
+        ) from None
 
 
 def ran_out_of_memory(error: RuntimeError) -> bool:

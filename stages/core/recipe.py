@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from stages.core.errors import InputError
 from stages.core.params import Section
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -75,6 +76,16 @@ class TrainParams(Section):
     def smallest_side(self) -> int:
         """Side in pixels of the smallest images that are trained on."""
         return self.image_size if self.progressive is None else self.progressive
+
+    def share(self, num_processes: int) -> int:
+        """Images of a batch that each of several processes computes; InputError when its parts would not be whole."""
+        num_parts = num_processes * self.grad_accumulation
+        if self.batch_size % num_parts:
+            raise InputError(
+                f"params.yaml: train.batch_size: {self.batch_size} does not divide into {num_processes} processes "
+                f"with train.grad_accumulation {self.grad_accumulation}: use a multiple of {num_parts}"
+            )
+        return self.batch_size // num_processes
 
     @field_validator("crop_scale", "crop_ratio")
     @classmethod

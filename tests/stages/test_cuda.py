@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages import extract, preprocess
+from stages import extract, preprocess, profile
 from stages.core import device, engine, loader, model, precision
 from stages.core.dataset import PackMeta, Split
 from stages.core.errors import InputError
@@ -76,12 +76,18 @@ def deterministic() -> Iterator[None]:
 
 
 def train(
-    split: Split, meta: PackMeta, record: bool = True, resident: bool = True, stop_at: int | None = None, **changes: Any
+    split: Split,
+    meta: PackMeta,
+    record: bool = True,
+    resident: bool = True,
+    stop_at: int | None = None,
+    gpu: int = 0,
+    **changes: Any,
 ) -> Outcome:
     """A short run; at step `stop_at` all is saved and loaded into a new trainer."""
     params = load_params(Params, ROOT / "params.yaml")
     recipe = params.train.model_copy(update={"image_size": 32, "batch_size": 16, "epochs": 1} | changes)
-    where = torch.device("cuda", 0)
+    where = torch.device("cuda", gpu)
     policy = precision.resolve(recipe.precision, where, recipe.smallest_side)
 
     def fresh() -> engine.Trainer:
@@ -116,6 +122,18 @@ def test_a_run_repeats_to_the_bit(split: Split, meta: PackMeta, optimizer: str) 
 @pytest.mark.parametrize("changes", [{}, {"grad_accumulation": 2}, {"grad_clip": 1.0}, {"progressive": 24}])
 def test_a_recorded_step_is_the_step(split: Split, meta: PackMeta, optimizer: str, changes: dict[str, Any]) -> None:
     recorded, plain = (train(split, meta, record, optimizer=optimizer, **changes) for record in (True, False))
+    check_close(recorded, plain)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_step_is_recorded_on_the_gpu_that_is_asked_for(split: Split, meta: PackMeta) -> None:
+    runtime = load_params(Params, ROOT / "params.yaml").runtime
+    where = device.set_up(runtime.model_copy(update={"device": "cuda:1"}))
+    assert torch.cuda.current_device() == where.index == 1
+    check_close(*(train(split, meta, record, gpu=1) for record in (True, False)))
+
+
+def check_close(recorded: Outcome, plain: Outcome) -> None:
     assert (recorded.losses - plain.losses).abs().max() < 2e-3
     for name, value in recorded.weights.items():
         if value.is_floating_point():
@@ -129,6 +147,44 @@ def test_going_on_is_as_if_nothing_had_happened(
 ) -> None:
     whole = train(split, meta, optimizer=optimizer, **changes)
     assert whole == train(split, meta, optimizer=optimizer, stop_at=5, **changes)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw", "sgd"])
+@pytest.mark.parametrize("recorded_first", [True, False])
+def test_one_gpu_goes_on_from_several_and_the_reverse(
+    split: Split, meta: PackMeta, optimizer: str, recorded_first: bool
+) -> None:
+    """Several processes wrap the network, and their steps are not recorded: here the wrapper alone."""
+    params = load_params(Params, ROOT / "params.yaml")
+    recipe = params.train.model_copy(update={"image_size": 32, "batch_size": 16, "optimizer": optimizer})
+    where = torch.device("cuda", 0)
+    policy = precision.resolve("bf16", where, recipe.smallest_side)
+    source = loader.open_source(split, where, True, 0)
+    images, labels = next(loader.training_batches(source, meta, recipe, policy.dtype, 0))
+
+    def fresh(record: bool) -> engine.Trainer:
+        network = model.create(params.model, 10, 0)
+        wrap = (lambda network: network) if record else torch.nn.Sequential
+        return engine.create_trainer(network, recipe, policy, where, wrap)
+
+    first, second = fresh(recorded_first), fresh(not recorded_first)
+    assert (second.captured is None) == recorded_first
+    engine.train_step(first, images, labels, 0.003, 0)
+    saved = io.BytesIO()
+    torch.save(first.state_dict(), saved)
+    own = [group.get("capturable") for group in second.optimizer.param_groups]
+    second.load_state_dict(torch.load(io.BytesIO(saved.getvalue()), map_location="cpu", weights_only=True))
+    assert [group.get("capturable") for group in second.optimizer.param_groups] == own
+    for step in (1, 2):
+        assert engine.train_step(second, images, labels, 0.003, step).isfinite()
+
+
+def test_the_profile_has_the_operators_of_a_recorded_step(workspace: Path) -> None:
+    set_params(workspace / "params.yaml", {"runtime.device": "cuda"})
+    extract.main(load_params(extract.Params))
+    preprocess.main(load_params(preprocess.Params))
+    profile.main(load_params(profile.Params))
+    assert "aten::convolution_backward" in (workspace / "data/profile/operators.csv").read_text()
 
 
 @pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGKILL])

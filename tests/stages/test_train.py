@@ -6,17 +6,20 @@ import csv
 import json
 import math
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from stages import evaluate, preprocess, profile, train
 from stages.core import model
 from stages.core.dataset import load_meta
+from stages.core.distributed import World
 from stages.core.errors import InputError
 from stages.core.params import load_params
+from stages.core.stopping import StopRequest
 from tests.helpers import files, set_params
 
 
@@ -95,6 +98,23 @@ def test_fine_tuning_starts_from_the_file(packed: Path) -> None:
             torch.testing.assert_close(before[name], after[name], atol=1e-5, rtol=0)
 
 
+def test_a_run_from_weights_that_were_replaced_is_another_run(packed: Path) -> None:
+    run_train(packed)
+    state = load_file("models/classifier/model.safetensors")
+    set_params(packed / "params.yaml", {"model.weights": "start.safetensors"})
+
+    def checkpoints() -> Path:
+        cpu = torch.device("cpu")
+        params = load_params(train.Params)
+        return train._open_session(params, load_meta(), 3, cpu, World(cpu), StopRequest()).store.folder
+
+    save_file(state, "start.safetensors")
+    before = checkpoints()
+    assert checkpoints() == before
+    save_file({name: value + 1 for name, value in state.items()}, "start.safetensors")
+    assert checkpoints() != before
+
+
 def test_evaluate_measures_what_train_left(packed: Path) -> None:
     run_train(packed, train__epochs=6, train__precision="fp32")
     evaluate.main(load_params(evaluate.Params))
@@ -141,6 +161,27 @@ def test_profile_measures_and_records(packed: Path) -> None:
     set_params(packed / "params.yaml", {"profile.repeat": 1})
     profile.main(load_params(profile.Params))
     assert files(packed / "data/profile")["operators.csv"].decode() == table, "the hashed out does not repeat"
+
+
+def test_profile_measures_the_share_of_one_process(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    set_params(packed / "params.yaml", {"runtime.processes": 2})
+    profile.main(load_params(profile.Params))
+    assert "ms a step of 10 on cpu (one of 2 processes)" in capsys.readouterr().out
+    table = (packed / "data/profile/operators.csv").read_text()
+    assert "[10, 3, 32, 32]" in table
+    assert "[20, 3, 32, 32]" not in table
+    numbers = json.loads((packed / "metrics/profile.json").read_text())
+    assert numbers["images_per_second"] < 1.5 * 10 / (numbers["step_ms_p50"] / 1e3), "more than the share was counted"
+    set_params(packed / "params.yaml", {"runtime.processes": 3})
+    with pytest.raises(InputError, match=r"train\.batch_size: 20 does not divide into 3 processes"):
+        profile.main(load_params(profile.Params))
+
+
+@pytest.mark.parametrize("stage", [train, profile])
+def test_one_image_at_a_time_is_refused_where_there_are_batch_norms(stage: ModuleType, packed: Path) -> None:
+    set_params(packed / "params.yaml", {"train.batch_size": 1})
+    with pytest.raises(InputError, match=r"train\.batch_size: 1: batch normalisation needs more than one image"):
+        stage.main(load_params(stage.Params))
 
 
 def test_profile_counts_the_floating_point_operations(packed: Path) -> None:

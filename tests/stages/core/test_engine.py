@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from stages import profile
 from stages.core import engine, inference, model, precision
 from stages.core.device import set_up
 from stages.core.errors import InputError
@@ -120,6 +121,21 @@ def test_a_trainer_goes_on_from_its_state_to_the_bit(optimizer: str, params: Par
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
+def test_a_trainer_goes_on_from_the_state_of_a_gpu_that_recorded_its_steps(params: Params) -> None:
+    images, labels = batch()
+    first = trainer(params, optimizer="adamw")
+    engine.train_step(first, images, labels, 0.01, 0)
+    state = first.state_dict()
+    for group in state["optimizer"]["param_groups"]:
+        group.update(capturable=True, lr=torch.tensor(0.5))
+    second = trainer(params, optimizer="adamw")
+    second.load_state_dict(state)
+    assert [group["capturable"] for group in second.optimizer.param_groups] == [False, False]
+    assert all(group["lr"] == params.train.lr for group in second.optimizer.param_groups)
+    assert engine.train_step(second, images, labels, 0.01, 1).isfinite()
+    assert all(value["step"] == 2 for value in second.optimizer.state.values())
+
+
 def test_accumulated_parts_make_the_same_step(params: Params) -> None:
     """For a network without batch norms, whose parts would see statistics of their own."""
     images, labels = batch(8)
@@ -133,6 +149,16 @@ def test_accumulated_parts_make_the_same_step(params: Params) -> None:
         assert losses == pytest.approx(states[0][0], rel=1e-4)
         for a, b in zip(weights, states[0][1], strict=True):
             torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
+
+
+def test_floating_point_operations_are_counted_on_one_part(params: Params) -> None:
+    found, sizes = [], []
+    for parts in (1, 4):
+        state = trainer(params, grad_accumulation=parts)
+        state.model.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+        found.append(profile._flops_per_image(state, *batch(8)))
+    assert sizes == [8, 2]
+    assert found[0] == found[1] > 0
 
 
 def test_what_a_step_changes_is_known(params: Params) -> None:

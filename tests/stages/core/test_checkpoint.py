@@ -1,0 +1,67 @@
+"""The store of checkpoints forgets old runs, but never its own and none that is in use."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from stages.core.checkpoint import CheckpointStore
+
+
+def make_run(cache: Path, key: str) -> CheckpointStore:
+    """A run with one checkpoint."""
+    store = CheckpointStore(cache, key)
+    with store.locked():
+        store.save(7, {"step": 7})
+    return store
+
+
+def lock_of(store: CheckpointStore) -> Path:
+    return store.folder.with_suffix(".lock")
+
+
+def age(*stores: CheckpointStore, days: float = 15) -> None:
+    """Make all files of runs look as old as that."""
+    then = time.time() - days * 24 * 3600
+    for store in stores:
+        for path in (lock_of(store), store.folder, *store.folder.iterdir()):
+            os.utime(path, (then, then))
+
+
+def test_a_run_that_is_gone_on_with_after_two_weeks_finds_its_checkpoints(tmp_path: Path) -> None:
+    store = make_run(tmp_path, "own")
+    age(store)
+    with store.locked():
+        assert lock_of(store).exists(), "a second process would take the lock anew"
+        assert store.newest() == {"step": 7}
+
+
+@pytest.mark.parametrize(("days", "is_there"), [(15, False), (13, True)])
+def test_another_run_is_forgotten_after_two_weeks(days: float, is_there: bool, tmp_path: Path) -> None:
+    store, other = make_run(tmp_path, "own"), make_run(tmp_path, "other")
+    age(other, days=days)
+    with store.locked():
+        assert other.folder.exists() == lock_of(other).exists() == is_there
+    assert store.newest() is not None
+
+
+def test_another_run_that_is_in_use_is_left_alone(tmp_path: Path) -> None:
+    store, other = make_run(tmp_path, "own"), make_run(tmp_path, "other")
+    age(other)
+    with FileLock(lock_of(other)), store.locked():
+        assert lock_of(other).exists()
+        assert other.newest() == {"step": 7}
+    with store.locked():
+        assert not other.folder.exists(), "in use no longer"
+
+
+def test_a_file_that_vanishes_meanwhile_is_no_error(tmp_path: Path) -> None:
+    """Listed but not there: what a checkpoint looks like that the run's own process has just removed."""
+    store, other = make_run(tmp_path, "own"), make_run(tmp_path, "other")
+    (other.folder / "step-00000003.pt").symlink_to("gone")
+    with store.locked():
+        assert other.newest() == {"step": 7}
