@@ -130,7 +130,8 @@ class Detector:
 
     def num_windows(self, alpha: float) -> int:
         """Clean windows to draw, so that p-values reach well below alpha."""
-        return max(self.spec.null_windows, round(_EXCEEDANCES / alpha) - 1)
+        # Rounded up: with fewer, one exceedance less is allowed. 1e-9 is what a whole quotient may be off by.
+        return max(self.spec.null_windows, int(np.ceil(_EXCEEDANCES / alpha - 1e-9)) - 1)
 
     def calibration(self, size: int, alpha: float | None = None) -> Calibration:
         """The evidence of clean windows of a size, as many as p-values of alpha (by default the detector's) take."""

@@ -22,8 +22,9 @@ _ATTEMPTS = 5
 def fetch(url: str, folder: Path, md5: str | None = None, sha256: str | None = None, key_prefix: str = "data.") -> Path:
     """The local copy of `url` in `folder`, downloaded unless a checked copy is there.
 
-    A download that breaks off is taken up where it stopped, within this call and by the next one. Raises InputError
-    when the address does not answer with the file, or when a checksum (lower-case hex) differs.
+    A download that breaks off is taken up where it stopped, within this call and by the next one, unless the server
+    says that the file has changed. Raises InputError when the address does not answer with the file, or when a checksum
+    (lower-case hex) differs.
     """
     make_cache_dir(folder)
     name = os.path.basename(urlsplit(url).path) or "download"
@@ -39,8 +40,10 @@ def fetch(url: str, folder: Path, md5: str | None = None, sha256: str | None = N
             check(partial, md5=md5, sha256=sha256, shown=url, key_prefix=key_prefix)
         except InputError:
             partial.unlink()  # resuming it could never end well
+            _validator_file(partial).unlink(missing_ok=True)
             raise
         partial.replace(path)
+        _validator_file(partial).unlink(missing_ok=True)
     return path
 
 
@@ -91,9 +94,19 @@ def _download(url: str, partial: Path) -> None:
 
 def _continue_download(url: str, partial: Path) -> None:
     start = partial.stat().st_size if partial.exists() else 0
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+    kept = _validator_file(partial)
+    headers = {"Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+        if kept.exists():
+            headers["If-Range"] = kept.read_text()  # of a file that has changed, all is sent
     with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
-        if response.status_code == 416:  # nothing left: it broke off after the last byte
+        if start and _is_of_another_file(response, start, headers.get("If-Range")):
+            partial.unlink()
+            response.close()
+            _continue_download(url, partial)
+            return
+        if response.status_code == 416 and start:  # nothing left: it broke off after the last byte
             return
         if not response.ok:
             raise InputError(f"{url}: the server answered {response.status_code} {response.reason}")
@@ -107,11 +120,33 @@ def _continue_download(url: str, partial: Path) -> None:
                 unit_scale=True, unit_divisor=1024, disable=None, leave=False,
             ) as bar,
         ):  # fmt: skip
+            if not resumed:  # the partial file is empty: at no time does it lie beside another one's validator
+                kept.unlink(missing_ok=True)
+                if validator := _validator(response):
+                    kept.write_text(validator)
             for chunk in response.iter_content(_CHUNK):
                 file.write(chunk)
                 bar.update(len(chunk))
     if total is not None and partial.stat().st_size < total:
         raise requests.ConnectionError(f"{partial.stat().st_size:,} of {total:,} bytes came")
+
+
+def _is_of_another_file(response: requests.Response, start: int, validator: str | None) -> bool:
+    """Whether the answer to a request for the rest says that the first `start` bytes are not of this file."""
+    if response.status_code == 416:
+        return response.headers.get("Content-Range", "").replace(" ", "") != f"bytes*/{start}"
+    # There are servers that do not know If-Range.
+    return response.status_code == 206 and None not in (validator, found := _validator(response)) and found != validator
+
+
+def _validator(response: requests.Response) -> str | None:
+    """What tells this version of the file from another one, as If-Range takes it (RFC 9110, 13.1.5)."""
+    tag = response.headers.get("ETag", "")
+    return tag if tag.startswith('"') else response.headers.get("Last-Modified")  # W/"...": a weak tag
+
+
+def _validator_file(partial: Path) -> Path:
+    return partial.with_name(f"{partial.name}.validator")
 
 
 def _reason(error: Exception) -> str:

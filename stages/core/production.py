@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import tarfile
+import tempfile
+import threading
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +25,7 @@ from stages.core.image import CropMode, Interpolation, decode
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 _LARGEST_FILE = 200_000_000  # bytes
 _LARGEST_RATIO = 200  # unpacked bytes per byte of archive; more is taken for a bomb
+_CHUNK = 1 << 20
 
 
 class ImageFile(NamedTuple):
@@ -130,25 +134,56 @@ def _unzip(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
         return file.read(info.file_size)  # and no more, whatever is there
 
 
+class _Ranges:
+    """Byte ranges of a file, for several threads. It is closed, and gone if it has no name, when the last reader is."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._lock = threading.Lock()
+
+    def read(self, offset: int, size: int) -> bytes:
+        with self._lock:
+            self._file.seek(offset)
+            content = self._file.read(size)
+        if len(content) != size:
+            raise InputError("truncated since it was found")
+        return content
+
+    def add(self, content: IO[bytes]) -> int:
+        """Append what `content` has; returns where that begins."""
+        offset = self._file.seek(0, os.SEEK_END)
+        shutil.copyfileobj(content, self._file, _CHUNK)
+        return offset
+
+    def __del__(self) -> None:
+        self._file.close()
+
+
 def _tarred(path: Path) -> list[ImageFile]:
-    members: dict[str, bytes] = {}
+    """The images of a tar, read when they are asked for; those of a compressed one out of a temporary file."""
+    members: dict[str, Callable[[], bytes]] = {}
     allowed, total = _LARGEST_RATIO * max(path.stat().st_size, 1 << 16), 0
     with refused_when_damaged(f"{path}: no image, folder, or archive that can be read"), tarfile.open(path) as tar:
+        assert tar.fileobj is not None
+        is_plain = isinstance(tar.fileobj, io.BufferedReader)  # a decompressor otherwise
+        plain = _Ranges(path.open("rb")) if is_plain else None
+        unpacked: _Ranges | None = None
         for info in tar:
             total += info.size
             if total > allowed:
                 raise InputError(f"{path}: unpacks to more than {_LARGEST_RATIO} times its size; taken for a bomb")
             if info.isreg() and is_image_name(info.name) and info.size <= _LARGEST_FILE:
-                file = tar.extractfile(info)
-                assert file is not None
-                members[info.name] = file.read()
+                size = max(info.size, 0)  # whatever a header says
+                if plain and not info.issparse():
+                    members[info.name] = partial(plain.read, info.offset_data, size)
+                else:
+                    file = tar.extractfile(info)
+                    assert file is not None
+                    unpacked = unpacked or _Ranges(tempfile.TemporaryFile())  # noqa: SIM115  # it closes it
+                    members[info.name] = partial(unpacked.read, unpacked.add(file), size)
+            tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every member otherwise
         # tarfile reads one that was cut between two members, or has a damaged header, up to there without a word.
-        assert tar.fileobj is not None
         tar.fileobj.seek(tar.offset)
         if tar.fileobj.read(512) != bytes(512):
             raise InputError(f"{path}: truncated or damaged: the archive ends without its end marker; fetch it again")
-    return [ImageFile(f"{path}:{name}", partial(_content, members, name)) for name in sorted(members)]
-
-
-def _content(members: dict[str, bytes], name: str) -> bytes:
-    return members[name]
+    return [ImageFile(f"{path}:{name}", members[name]) for name in sorted(members)]

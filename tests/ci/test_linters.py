@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from tests.ci.workflows import SCRIPTS, WORKFLOWS, Step, run_steps
 from tests.helpers import BIN, ROOT, run
@@ -43,6 +44,15 @@ def test_zizmor_finds_what_it_should(tmp_path: Path) -> None:
 )
 def test_schemas(schema: str, files: list[Path]) -> None:
     run(ROOT, "check-jsonschema", "--builtin-schema", schema, *map(str, files))
+
+
+def test_compose_makes_no_folder_as_root() -> None:
+    """Docker makes a missing source of a volume in the short syntax, which the container's user cannot write to."""
+    services = YAML(typ="safe").load((ROOT / "compose.yaml").read_text())["services"]
+    for service in services.values():
+        sources = [volume if isinstance(volume, str) else volume["source"] for volume in service["volumes"]]
+        assert sources == [".:/workspace", "${HOME}/.cache/driftline"]
+        assert service["volumes"][1]["bind"] == {"create_host_path": False}
 
 
 @pytest.mark.parametrize("step", run_steps(), ids=lambda step: f"{step.workflow}: {step.name}")

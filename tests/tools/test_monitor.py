@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -12,10 +14,12 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from stages.core import detector as detectors
 from stages.core.corruptions import corrupt
 from stages.core.errors import InputError
 from tests.helpers import encoded, run, set_params, start, truncated, wait_until
 from tools.monitor import command as monitor
+from tools.monitor.stream import stream_alpha
 
 
 @pytest.fixture
@@ -165,11 +169,62 @@ def test_a_stream_of_paths_is_judged_window_by_window(
     [
         (["--window", "1000"], "--window: 1000; this detector can test windows of 2 to"),
         (["--window", "4", "--run-length", "5"], "--run-length: 5 images must be at least two windows"),
+        (
+            ["--window", "4", "--run-length", "40001"],
+            "--run-length: 40,001 is more than 40,000, the longest for windows of 4",
+        ),
+        (["--json", "r.json"], "--json: a stream has no report"),
+        (["--html", "r.html"], "--html: a stream has no report"),
     ],
 )
 def test_a_stream_that_cannot_be_calibrated_is_refused(options: list[str], message: str, production: Path) -> None:
     with pytest.raises(InputError, match=message):
         monitor.main([str(production), "--stream", *options])
+
+
+@pytest.mark.parametrize("window", [2, 3, 5])
+def test_the_longest_run_length_takes_as_many_clean_windows_as_are_allowed(window: int, production: Path) -> None:
+    detector = detectors.load()
+    with pytest.raises(InputError, match="--run-length") as refused:
+        stream_alpha(detector, window, 10**9)
+    longest = int(str(refused.value).split(" is more than ")[1].split(", the longest")[0].replace(",", ""))
+    assert detector.num_windows(stream_alpha(detector, window, longest)) <= 100_000
+    assert detector.num_windows(window / (longest + 1)) > 100_000
+
+
+def stream_of(paths: list[Path], repository: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """A stream of paths, each a line, until they end."""
+    command = [sys.executable, "-m", "tools.monitor", "-", "--stream", "--run-length", "400", *options]
+    given = "".join(f"{path}\n" for path in paths)
+    return subprocess.run(command, input=given, cwd=repository, capture_output=True, text=True)
+
+
+def test_a_stream_that_ends_before_its_first_window_has_no_verdict(
+    production: Path, repository: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "bad.png").write_bytes(b"bad")
+    files = sorted(production.iterdir())
+    for paths, said in (
+        (files[:3], "the stream ended after 3 images; a window needs 4"),
+        (
+            [*files[:3], tmp_path / "bad.png"],
+            "the stream ended after 4 images, 1 of which cannot be read; a window needs 4",
+        ),
+        ([], "the stream ended after 0 images; a window needs 4"),
+    ):
+        ended = stream_of(paths, repository, "--window", "4")
+        assert ended.returncode == 2
+        assert ended.stderr == f"monitor: error: no verdict: {said}\n"
+        assert ("left out" in ended.stdout) == (len(paths) == 4)
+
+
+def test_images_at_the_end_that_fill_no_window_are_counted(production: Path, repository: Path) -> None:
+    files = sorted(production.iterdir())
+    for count, said in ((4, ""), (5, "1 image at the end fills"), (7, "3 images at the end fill")):
+        ended = stream_of(files[:count], repository, "--window", "4")
+        assert ended.returncode in (0, 10, 20)
+        assert ended.stdout.count("\nwindow ") == 1
+        assert ended.stderr == (f"monitor: {said} no window of 4; not judged\n" if said else "")
 
 
 def test_a_growing_folder_is_watched(production: Path, repository: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -21,7 +22,7 @@ from stages import evaluate, export
 from stages.core import model
 from stages.core.errors import InputError
 from stages.core.params import load_params
-from tests.helpers import encoded, run, truncated
+from tests.helpers import encoded, run, start, truncated, wait_until
 from tools.predict import command as predict
 from tools.registry import command as registry
 
@@ -276,6 +277,28 @@ def test_the_monitor_is_asked_about_the_same_images(
     assert f"monitor: {verdict}: drift" in said.err
     assert "in 12 images" in said.err
     assert f"strangest: {folder}/" in said.err
+
+
+def test_sigterm_ends_it_with_its_monitor_and_leaves_nothing_temporary(here: Path, tmp_path: Path) -> None:
+    command = ["python", "-m", "tools.predict", "data/processed/val_images.npy", "--monitor"]
+    process = start(here, *command, environment={"TMPDIR": str(tmp_path)})
+    monitors: list[psutil.Process] = []
+
+    def is_asked() -> bool:
+        assert process.poll() is None, process.communicate()[0]
+        children = psutil.Process(process.pid).children()
+        monitors.extend(child for child in children if "tools.monitor" in child.cmdline())
+        return bool(monitors)
+
+    wait_until(is_asked)
+    assert [path for path in tmp_path.iterdir() if path.name.startswith("predict-")]
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert output.splitlines()[-1] == "predict: stopped by SIGTERM; run the same command again"
+    assert "Traceback" not in output
+    assert not monitors[0].is_running()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("predict-")]
 
 
 @pytest.mark.slow

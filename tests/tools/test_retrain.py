@@ -8,12 +8,16 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from dvc.utils.hydra import apply_overrides
 from numpy.typing import NDArray
@@ -22,6 +26,7 @@ from PIL import Image
 from stages.core.archive import Limits
 from stages.core.corruptions import corrupt
 from stages.core.dataset import load_meta, load_split
+from stages.core.download import file_hash
 from stages.core.errors import InputError
 from stages.core.params import load_params
 from tests.helpers import (
@@ -142,6 +147,36 @@ def test_the_archive_is_named_by_its_content_and_keeps_earlier_images(tmp_path: 
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == sorted([one.path.name, both.path.name])
 
 
+def test_two_clones_that_share_a_cache_write_an_archive_each(tmp_path: Path) -> None:
+    """The second begins and ends while the first is at it."""
+    cache = tmp_path / "cache"
+    second: list[labelled.Archive] = []
+
+    def read() -> bytes:
+        second.append(labelled.write_archive(labelled.LabelledSet("b", "b" * 8, [image("2.jpg", b"two")]), [], cache))
+        return b"one"
+
+    def image(name: str, content: bytes) -> labelled.LabelledImage:
+        return labelled.LabelledImage("train", "cat", name, lambda: content)
+
+    slow = [labelled.LabelledImage("train", "cat", "1.jpg", read), image("3.jpg", b"three" * 10_000)]
+    first = labelled.write_archive(labelled.LabelledSet("a", "a" * 8, slow), [], cache)
+    assert {path.name for path in cache.iterdir()} == {archive.path.name for archive in (first, *second)}
+    for archive in (first, *second):
+        assert file_hash(archive.path, "sha256") == archive.sha256
+    assert members(second[0].path) == {f"train/cat/{'b' * 8}-2.jpg": b"two"}
+
+
+def test_an_archive_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def read() -> bytes:
+        raise OSError("gone")
+
+    bad = labelled.LabelledSet("a", "a" * 8, [labelled.LabelledImage("train", "cat", "1.jpg", read)])
+    with pytest.raises(OSError, match="gone"):
+        labelled.write_archive(bad, [], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_simulated_images_are_the_packs_corrupted_and_lossless(packed: Path) -> None:
     simulated = labelled.simulate("fog", 4, 1.0)
     meta = load_meta()
@@ -214,6 +249,70 @@ def test_changes_that_are_not_committed_are_refused_by_name(repository: Path, tm
     result = run(repository, *retrain_command(labels, labels), check=False)
     assert result.returncode == 2
     assert "data and models are not those of the last commit: train" in result.stderr
+
+
+def child_of(process: subprocess.Popen[str], *words: str) -> psutil.Process:
+    """The child that runs a command with these words, once it is there."""
+    found: list[psutil.Process] = []
+
+    def is_there() -> bool:
+        assert process.poll() is None, process.communicate()[0]
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with suppress(psutil.Error):
+                if set(words) <= set(child.cmdline()):
+                    found.append(child)
+        return bool(found)
+
+    wait_until(is_there)
+    return found[0]
+
+
+def test_sigterm_ends_it_with_its_monitor_and_leaves_nothing_temporary(repository: Path, tmp_path: Path) -> None:
+    labels = write_files(tmp_path / "labels", {f"circle/{i}.jpg": encoded(picture(i)) for i in range(20)})
+    scratch = repository / ".dvc/tmp/retrain/scratch"
+    write_files(scratch, {"of-a-killed-run/source.tar": b"old"})
+    before = state(repository)
+    process = start(repository, *retrain_command(labels, labels))
+    monitor = child_of(process, "tools.monitor")
+    assert [path.name for path in scratch.iterdir() if path.name != "of-a-killed-run"] != []
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output) == (143, "retrain: stopped by SIGTERM; run the same command again\n")
+    assert not monitor.is_running()
+    assert not list(scratch.iterdir())
+    assert state(repository) == before
+
+
+RUN_EXPERIMENT = """
+from tools.retrain import experiment
+from tools.shared.process import run_tool
+
+def main():
+    with experiment.only_run() as lock:
+        head = experiment.check_repository()
+        print(experiment.run_experiment("retrain-x", head, {"train.epochs": 3}, lock), flush=True)
+
+run_tool(main, "retrain")
+"""
+
+
+def test_sigterm_to_the_tool_leaves_its_dvc_at_work_and_the_next_run_waits_for_it(repository: Path) -> None:
+    before = state(repository)
+    process = start(repository, sys.executable, "-c", RUN_EXPERIMENT)
+    dvc = child_of(process, "dvc", "exp", "run")
+    process.terminate()
+    assert process.wait(timeout=60) == 143
+    assert dvc.is_running()
+    again = start(repository, sys.executable, "-c", RUN_EXPERIMENT)
+    words = process.communicate(timeout=300)[0]  # dvc writes into the same pipe: until it has ended
+    assert "retrain: dvc is still at work on retrain-x; the same command waits for it\n" in words
+    assert "retrain: stopped by SIGTERM; run the same command again\n" in words
+    assert "Traceback" not in words
+    words = again.communicate(timeout=300)[0]
+    assert "retrain: another run is under way here, or its experiment still is; waiting for it\n" in words
+    assert "retrain: experiment retrain-x has ended before; it is taken as it is\n" in words
+    assert again.returncode == 0
+    assert state(repository) == before
 
 
 def test_a_killed_dvc_leaves_no_overrides_behind(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,7 +529,7 @@ def test_harmful_drift_ends_in_a_promoted_model(promoted: Path, at_work: Path, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["all", "tool"])
+@pytest.mark.parametrize("victim", ["all", "tool", "tool, asked to stop"])
 def test_a_run_that_is_killed_in_mid_train_ends_as_if_it_was_not(
     victim: str, own: Path, promoted: Path, at_work: Path, tmp_path: Path
 ) -> None:
@@ -441,8 +540,8 @@ def test_a_run_that_is_killed_in_mid_train_ends_as_if_it_was_not(
     if victim == "all":
         os.killpg(process.pid, signal.SIGKILL)
     else:  # dvc lives on, and the next run waits for it
-        process.kill()
-    process.wait()
+        process.kill() if victim == "tool" else process.terminate()
+    assert process.wait() == (143 if victim == "tool, asked to stop" else -signal.SIGKILL)
     result = run(own, *command)
     said = "train: goes on after step" if victim == "all" else "another run is under way here"
     assert said in result.stdout

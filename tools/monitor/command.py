@@ -5,7 +5,8 @@
     python -m tools.monitor FOLDER --stream         windows over a folder that grows
     ... | python -m tools.monitor - --stream        or over paths, one a line
 
-Exit status: 0 ok, 10 benign drift, 20 harmful drift, 2 error. With --stream: the worst that was seen.
+Exit status: 0 ok, 10 benign drift, 20 harmful drift, 2 error. With --stream: the worst that was seen; a stream that
+ends before its first window is full is an error.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runtime = load_params(Params).runtime
     if options.top < 0:
         raise InputError(f"--top: {options.top} must not be negative")
+    if options.stream and (options.json or options.html):
+        name = "json" if options.json else "html"
+        raise InputError(f"--{name}: a stream has no report, only a line a window; leave it or --stream out")
     return _watch(options, runtime) if options.stream else _judge(options, runtime)
 
 

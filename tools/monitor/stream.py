@@ -18,6 +18,8 @@ from stages.core.production import ImageFile, is_image_name, printable, read_ima
 
 _POLL_SECONDS = 0.5
 _SETTLED_SECONDS = 0.5  # a file that was written to later may be unfinished
+_MOST_NULL_WINDOWS = 100_000  # to calibrate a stream with: they take memory
+_PER_ALARM = 10  # of them by window to a false alarm, as Detector.num_windows has it
 
 
 class Judged(NamedTuple):
@@ -38,30 +40,44 @@ def stream_alpha(detector: Detector, window: int, run_length: int) -> float:
         raise InputError(f"--window: {window}; this detector can test windows of 2 to {detector.largest_window} images")
     if run_length < 2 * window:
         raise InputError(f"--run-length: {run_length} images must be at least two windows of {window}")
+    longest = window * (_MOST_NULL_WINDOWS + 1) // _PER_ALARM
+    if run_length > longest:
+        raise InputError(
+            f"--run-length: {run_length:,} is more than {longest:,}, the longest for windows of {window}: calibrating "
+            f"would take more than {_MOST_NULL_WINDOWS:,} windows of clean images"
+        )
     return window / run_length
 
 
 def judge_stream(
     detector: Detector, extractor: Extractor, files: Iterator[ImageFile], window: int, run_length: int
 ) -> Iterator[Judged]:
-    """Judge windows of `window` images as they come; images that cannot be read are left out, and said."""
+    """Judge windows of `window` images as they come; images that cannot be read are left out, and said.
+
+    So are, on stderr, those at the end that fill no window. InputError when the stream ends before the first is full.
+    """
     alpha = stream_alpha(detector, window, run_length)
     calibration = detector.calibration(window, alpha)
     spec = detector.spec
     pending: list[ImageFile] = []
     images: list[NDArray[np.uint8]] = []
     names: list[str] = []
-    number = 0
+    number = came = 0
+
+    def read_pending() -> None:
+        read = read_images(pending, spec.image_size, spec.crop_mode, spec.interpolation)
+        pending.clear()
+        for name, reason in read.skipped:
+            print(f"monitor: left out {printable(name)}: {reason}", flush=True)
+        images.extend(read.images)
+        names.extend(read.names)
+
     for file in files:
+        came += 1
         pending.append(file)
         if len(names) + len(pending) < window:
             continue
-        read = read_images(pending, spec.image_size, spec.crop_mode, spec.interpolation)
-        pending = []
-        for name, reason in read.skipped:
-            print(f"monitor: left out {printable(name)}: {reason}", flush=True)
-        images += list(read.images)
-        names += read.names
+        read_pending()
         if len(names) < window:
             continue
         number += 1
@@ -70,6 +86,18 @@ def judge_stream(
         adapted = extractor.adapted_logits(pixels, window)
         yield Judged(number, names, detector.judge(features, adapted, alpha, calibration))
         images, names = [], []
+    read_pending()
+    if not number:
+        unreadable = f", {came - len(names)} of which cannot be read" if came > len(names) else ""
+        raise InputError(
+            f"no verdict: the stream ended after {came} image{'s' * (came != 1)}{unreadable}; a window needs {window}"
+        )
+    if names:
+        print(
+            f"monitor: {len(names)} image{'s' * (len(names) != 1)} at the end fill{'s' * (len(names) == 1)} "
+            f"no window of {window}; not judged",
+            file=sys.stderr,
+        )
 
 
 def growing_folder(folder: Path, idle: float | None) -> Iterator[ImageFile]:

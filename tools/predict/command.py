@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.core import onnx_model
-from stages.core.errors import InputError, run_main
+from stages.core.errors import InputError
 from stages.core.output import write_text
 from stages.core.parallel import read_ahead
 from stages.core.production import ImageFile, Window, find_images, is_image_name, printable, read_images
 from stages.core.runtime import num_cpus
 from tools.predict.formats import FORMATS, Guess, Prediction
+from tools.shared.process import run_tool
 
 if TYPE_CHECKING:
     import numpy as np
@@ -208,4 +209,4 @@ def _main() -> int:
 
 def run() -> None:
     """The body of the process."""
-    run_main(_main, "predict")
+    run_tool(_main, "predict")

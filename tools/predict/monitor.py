@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import numpy as np
 from stages.core.errors import InputError
 from stages.core.production import Window
 from tools.monitor.command import EXIT_STATUS, in_words
+from tools.shared import process
 
 
 def judge(windows: Sequence[Window], folder: Path, name: str) -> int:
@@ -30,7 +30,7 @@ def judge(windows: Sequence[Window], folder: Path, name: str) -> int:
         np.save(images, np.concatenate([window.images for window in windows]))
         command = [sys.executable, "-m", "tools.monitor", str(images), "--json", str(report_file)]
         command += ["--classifier", str(places["classifier"]), "--detector", str(places["drift"])]
-        ended = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)  # noqa: S603
+        ended = process.run(command)
         if ended.returncode not in EXIT_STATUS.values():
             said = ended.stderr.strip().removeprefix("monitor: error: ").replace(str(images), "these images")
             raise InputError(f"--monitor: no verdict: {said}; the predictions are not affected")

@@ -17,7 +17,6 @@ import argparse
 import hashlib
 import json
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -28,13 +27,15 @@ from typing import Any, Literal
 from stages.core.archive import Limits
 from stages.core.corruptions import FAMILIES, SEVERITIES
 from stages.core.dataset import load_meta
-from stages.core.errors import InputError, run_main
+from stages.core.errors import InputError
 from stages.core.output import write_bytes, write_json
 from stages.core.params import load_params
 from stages.core.runtime import RuntimeParams, cache_dir
 from tools.monitor import command as monitor
 from tools.retrain import experiment, labelled
 from tools.retrain.params import Params
+from tools.shared import process
+from tools.shared.process import run_tool
 
 CLASSIFIER, DETECTOR = "models/classifier", "models/drift"
 _VERDICTS = {status: verdict for verdict, status in monitor.EXIT_STATUS.items()}
@@ -52,7 +53,7 @@ def main(arguments: argparse.Namespace) -> int:
         "simulate": arguments.simulate,
         "start": arguments.start,
     }
-    with experiment.only_run() as lock, tempfile.TemporaryDirectory(prefix="retrain-") as scratch:
+    with experiment.only_run() as lock, experiment.scratch_folder() as scratch:
         finished = experiment.finish_promotion()
         if finished is not None:
             print(f"retrain: the promotion of {finished['experiment']}, which was broken off, is finished")
@@ -60,13 +61,13 @@ def main(arguments: argparse.Namespace) -> int:
                 return _report(arguments, finished)
             experiment.forget_promotion()
         head = experiment.check_repository()
-        with _labelled_images(arguments.labels, simulated, params, Path(scratch)) as images:
-            verdict = _ask_monitor(arguments.images, Path(scratch))
+        with _labelled_images(arguments.labels, simulated, params, scratch) as images:
+            verdict = _ask_monitor(arguments.images, scratch)
             summary["monitor"] = verdict
             if verdict["status"] != "harmful":
                 return _report(arguments, summary | {"decision": "nothing to do", "reason": _no_harm(verdict)})
             print(f"retrain: harmful drift, {_numbers(verdict)}", flush=True)
-            return _report(arguments, _retrain(summary, images, params, head, lock, Path(scratch)))
+            return _report(arguments, _retrain(summary, images, params, head, lock, scratch))
 
 
 def _retrain(
@@ -185,7 +186,7 @@ def _ask_monitor(
     command = [sys.executable, "-m", "tools.monitor", str(images), "--json", str(out)]
     if classifier is not None and detector is not None:
         command += ["--classifier", str(classifier), "--detector", str(detector)]
-    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)  # noqa: S603
+    result = process.run(command)
     words = (result.stderr or result.stdout).strip()
     if result.returncode == 2:
         raise InputError(words.removeprefix("monitor: error: "))
@@ -214,7 +215,9 @@ def _overrides(
         return overrides | _recipe_from_scratch(head)
     weights = (Path(CLASSIFIER) / "model.safetensors").read_bytes()
     copy = folder / f"weights-{hashlib.sha256(weights).hexdigest()[:16]}.safetensors"
-    write_bytes(copy, weights)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".weights-") as scratch:  # another clone may write the same
+        write_bytes(Path(scratch) / copy.name, weights)
+        (Path(scratch) / copy.name).replace(copy)
     return overrides | {
         "model.weights": _portable(copy, params.runtime),
         "model.pretrained": False,
@@ -288,4 +291,4 @@ def _parse() -> argparse.Namespace:
 
 def run() -> None:
     """The body of the process."""
-    run_main(lambda: main(_parse()), "retrain")
+    run_tool(lambda: main(_parse()), "retrain")

@@ -6,6 +6,7 @@ a promotion is written down before it begins and is finished by whoever comes ne
     .dvc/tmp/retrain/lock            held by a run, and by the dvc that it started for as long as that lives
     .dvc/tmp/retrain/overrides.json  while dvc runs: for some moments it changes params.yaml in the workspace
     .dvc/tmp/retrain/promotion.json  while a promotion is under way
+    .dvc/tmp/retrain/scratch/        temporary files of a run; the next one removes what a killed one left
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +35,7 @@ from tools.shared.commands import dvc, environment, git
 _STATE = Path(".dvc/tmp/retrain")
 _OVERRIDES = _STATE / "overrides.json"
 _PROMOTION = _STATE / "promotion.json"
+_SCRATCH = _STATE / "scratch"
 _DVCS_OWN = ".dvc/tmp/repro.dat"  # which `dvc exp run` adds to git's index for a moment
 
 Value = str | int | float | bool | None
@@ -56,6 +59,15 @@ def only_run() -> Iterator[int]:
             print("retrain: another run is under way here, or its experiment still is; waiting for it", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file.fileno()
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """An empty folder for the run that holds the lock; its name is new, because a killed run's monitor may live on."""
+    shutil.rmtree(_SCRATCH, ignore_errors=True)
+    _SCRATCH.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=_SCRATCH) as folder:
+        yield Path(folder).absolute()
 
 
 # --- the state of the repository ----------------------------------------------------------------------------------
@@ -101,7 +113,7 @@ def run_experiment(name: str, head: str, overrides: Mapping[str, Value], lock: i
     """Run the pipeline with changed params in a folder of dvc's; returns the experiment's commit.
 
     One that has ended is reused; one that was killed goes on from its checkpoint. Raises ExperimentError when a stage
-    fails, Stopped when dvc was killed.
+    fails, Stopped when dvc was killed. Where only this process is told to stop, dvc goes on and keeps the lock.
     """
     reference = f"refs/exps/{head[:2]}/{head[2:]}/{name}"
     if commit := git("rev-parse", "--verify", "--quiet", reference, check=False):
@@ -111,8 +123,13 @@ def run_experiment(name: str, head: str, overrides: Mapping[str, Value], lock: i
     write_json(_OVERRIDES, dict(overrides))
     settings = [word for key, value in overrides.items() for word in ("-S", f"{key}={_quoted(value)}")]
     command = [sys.executable, "-m", "dvc", "exp", "run", "--temp", "--name", name, *settings]
-    result = subprocess.run(command, env=environment(), pass_fds=(lock,), stdin=subprocess.DEVNULL)  # noqa: S603
-    status = result.returncode
+    process = subprocess.Popen(command, env=environment(), pass_fds=(lock,), stdin=subprocess.DEVNULL)  # noqa: S603
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        if process.poll() is None:
+            print(f"retrain: dvc is still at work on {name}; the same command waits for it", flush=True)
+        raise
     _take_back_overrides()
     if status < 0:
         raise Stopped(f"dvc was ended by signal {-status}; run the same command again, and it goes on", -status)

@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -146,20 +147,21 @@ def write_archive(labelled: LabelledSet, present: list[LabelledImage], folder: P
     new = [image._replace(file_name=f"{labelled.key}-{image.file_name}") for image in labelled.images]
     by_name = {image[:3]: image for image in [*present, *new]}
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".labelled.new"
-    with temporary.open("wb") as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-            for name, image in sorted(by_name.items()):
-                content = image.read()
-                info = tarfile.TarInfo("/".join(name))
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-                tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every member otherwise
-        file.flush()
-        os.fsync(file.fileno())
-    sha256 = file_hash(temporary, "sha256")
-    path = folder / f"labelled-{sha256[:16]}.tar"
-    temporary.replace(path)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".labelled-") as scratch:  # other clones write here, too
+        temporary = Path(scratch) / "new.tar"
+        with temporary.open("wb") as file:
+            with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+                for name, image in sorted(by_name.items()):
+                    content = image.read()
+                    info = tarfile.TarInfo("/".join(name))
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+                    tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every member otherwise
+            file.flush()
+            os.fsync(file.fileno())
+        sha256 = file_hash(temporary, "sha256")
+        path = folder / f"labelled-{sha256[:16]}.tar"
+        temporary.replace(path)
     return Archive(path, sha256)
 
 

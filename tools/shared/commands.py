@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 from stages.core.errors import InputError, Stopped
+from tools.shared import process
 
 
 def git(*arguments: str, check: bool = True, strip: bool = True) -> str:
@@ -34,9 +34,7 @@ def environment() -> dict[str, str]:
 
 def _run(command: list[str], check: bool = True) -> str:
     """What a program prints; InputError with its own words when it fails."""
-    result = subprocess.run(  # noqa: S603
-        command, env=environment(), capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
+    result = process.run(command, environment())
     if result.returncode < 0:
         raise Stopped(f"{command[0]} was ended by a signal; run the same command again", -result.returncode)
     if result.returncode and check:

@@ -128,6 +128,16 @@ def test_more_images_than_can_be_tested_are_thinned(calm: Detector) -> None:
     assert calm.judge(clean, None).status == "ok"
 
 
+@pytest.mark.parametrize(("window", "run_length"), [(30, 10_000), (25, 10_000), (7, 1_000), (3, 1_000), (4, 40_000)])
+def test_the_rate_asked_for_is_that_of_the_clean_windows(window: int, run_length: int, calm: Detector) -> None:
+    """Ten p-values are at most alpha, and they are next to it."""
+    alpha = window / run_length
+    count = calm.num_windows(alpha) + 1
+    assert count == -(-10 * run_length // window)
+    assert 10 / count <= alpha < 11 / count
+    assert 10 / count == pytest.approx(alpha, rel=1e-3)
+
+
 def test_the_class_mix_of_clean_windows_is_no_shift() -> None:
     """At 1 %, in windows of a tenth of the threshold images."""
     judge = detector(null_windows=999)

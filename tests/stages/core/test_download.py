@@ -19,9 +19,13 @@ MD5 = hashlib.md5(CONTENT).hexdigest()
 
 
 class Server(ThreadingHTTPServer):
-    """Serves CONTENT; remembers the requests; `break_after` bytes of a response it hangs up, so many times."""
+    """Serves `content`; remembers the requests; `break_after` bytes of a response it hangs up, so many times."""
 
     requests: list[tuple[str, str | None]]
+    conditions: list[str | None]  # If-Range, by request
+    content = CONTENT
+    validators: dict[str, str]  # headers
+    knows_if_range = True
     breaks = 0
     break_after = 2_000_000
     ranges = True
@@ -32,7 +36,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         asked = self.headers.get("Range")
+        condition = self.headers.get("If-Range")
         self.server.requests.append((self.path, asked))
+        self.server.conditions.append(condition)
         if self.path == "/missing.tgz":
             self.send_error(404)
             return
@@ -41,13 +47,21 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Location", "/set.tgz")
             self.end_headers()
             return
+        content = self.server.content
         start = int(asked.split("=")[1].rstrip("-")) if asked and self.server.ranges else 0
-        if start >= len(CONTENT):
-            self.send_error(416)
+        if condition and self.server.knows_if_range and condition not in self.server.validators.values():
+            start = 0
+        if start >= len(content):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(content)}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
             return
-        body = CONTENT[start:]
+        body = content[start:]
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(body)))
+        for name, value in self.server.validators.items():
+            self.send_header(name, value)
         self.end_headers()
         if self.server.breaks > 0:
             self.server.breaks -= 1
@@ -61,7 +75,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[Server]:
     server = Server(("127.0.0.1", 0), Handler)
-    server.requests = []
+    server.requests, server.conditions, server.validators = [], [], {}
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     yield server
@@ -105,6 +119,87 @@ def test_a_download_given_up_is_resumed_by_the_next_call(server: Server, tmp_pat
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".tgz"]
     assert fetch(url(server), tmp_path, md5=MD5).read_bytes() == CONTENT
     assert server.requests[-1][1] == f"bytes={kept}-"
+
+
+TAG, WEAK, DATE = {"ETag": '"one"'}, {"ETag": 'W/"one"'}, {"Last-Modified": "Wed, 25 Nov 2026 10:00:00 GMT"}
+
+
+@pytest.mark.parametrize(
+    ("validators", "sent"),
+    [
+        (TAG | DATE, '"one"'),
+        (WEAK | DATE, DATE["Last-Modified"]),
+        (DATE, DATE["Last-Modified"]),
+        (WEAK, None),
+        ({}, None),
+    ],
+)
+def test_a_resumed_download_names_the_version_that_it_has(
+    validators: dict[str, str], sent: str | None, server: Server, tmp_path: Path
+) -> None:
+    server.validators, server.breaks = validators, 1
+    assert fetch(url(server), tmp_path, md5=MD5).read_bytes() == CONTENT
+    assert server.conditions == [None, sent]
+    assert server.requests[1][1] is not None, "resumed"
+    assert {path.suffix for path in tmp_path.iterdir()} == {".lock", ".tgz"}
+
+
+def give_up(server: Server, folder: Path) -> int:
+    """Let a download of CONTENT break off until it is given up; returns the bytes that are kept."""
+    server.breaks, server.break_after = 5, 200_000
+    with pytest.raises(InputError, match="the next run goes on from there"):
+        fetch(url(server), folder)
+    server.breaks = 0
+    return next(folder.glob("*.part")).stat().st_size
+
+
+@pytest.mark.parametrize("knows_if_range", [True, False])
+@pytest.mark.parametrize(
+    "validators", [(TAG, {"ETag": '"two"'}), (DATE, {"Last-Modified": "Thu, 26 Nov 2026 10:00:00 GMT"})]
+)
+def test_a_file_that_changed_between_two_attempts_is_not_joined_of_two(
+    validators: tuple[dict[str, str], dict[str, str]], knows_if_range: bool, server: Server, tmp_path: Path
+) -> None:
+    server.knows_if_range = knows_if_range
+    server.validators = validators[0]
+    give_up(server, tmp_path)
+    server.content, server.validators = CONTENT[::-1], validators[1]
+    assert fetch(url(server), tmp_path).read_bytes() == CONTENT[::-1]
+    assert {path.suffix for path in tmp_path.iterdir()} == {".lock", ".tgz"}
+
+
+def test_the_version_that_is_named_is_the_last_one(server: Server, tmp_path: Path) -> None:
+    """After a file has changed and the download of the new one has broken off, too."""
+    server.validators = TAG
+    give_up(server, tmp_path)
+    server.content, server.validators, server.breaks = CONTENT[::-1], {"ETag": '"two"'}, 2
+    assert fetch(url(server), tmp_path).read_bytes() == CONTENT[::-1]
+    assert server.conditions[-3:] == ['"one"', '"two"', '"two"']
+    server.content, server.validators = CONTENT, TAG
+    (tmp_path / "other").mkdir()
+    give_up(server, tmp_path / "other")
+    server.content, server.validators, server.breaks = CONTENT[::-1], {}, 1  # a server that names none any more
+    assert fetch(url(server), tmp_path / "other").read_bytes() == CONTENT[::-1]
+    assert server.conditions[-2:] == ['"one"', None]
+
+
+@pytest.mark.parametrize(("size", "asked_again"), [(len(CONTENT), False), (len(CONTENT) + 1, True)])
+def test_nothing_left_is_complete_only_where_the_size_is_the_files(
+    size: int, asked_again: bool, server: Server, tmp_path: Path
+) -> None:
+    give_up(server, tmp_path)
+    partial = next(tmp_path.glob("*.part"))
+    partial.write_bytes((CONTENT + b"!")[:size])
+    server.requests.clear()
+    assert fetch(url(server), tmp_path).read_bytes() == CONTENT
+    assert [asked for _, asked in server.requests] == [f"bytes={size}-", *[None] * asked_again]
+    assert {path.suffix for path in tmp_path.iterdir()} == {".lock", ".tgz"}
+
+
+def test_a_file_that_became_shorter_is_fetched_anew(server: Server, tmp_path: Path) -> None:
+    kept = give_up(server, tmp_path)
+    server.content = CONTENT[: kept // 2]
+    assert fetch(url(server), tmp_path).read_bytes() == CONTENT[: kept // 2]
 
 
 def test_a_server_without_ranges_starts_over(server: Server, tmp_path: Path) -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
+import tempfile
+import tracemalloc
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
@@ -15,7 +20,7 @@ from PIL import Image
 from stages.core.errors import InputError
 from stages.core.image import CropMode, decode
 from stages.core.production import Window, find_images, is_image_name, read_images
-from tests.helpers import encoded, picture, truncated, write_files
+from tests.helpers import encoded, picture, run, truncated, write_files
 
 FILES = {
     "b.jpg": encoded(picture(1, (40, 30))),
@@ -76,6 +81,64 @@ def test_an_archive_gives_the_same_in_the_same_order(name: str, tmp_path: Path) 
     found = read(path)
     assert found.names == [f"{path}:{member}" for member in NAMES]
     assert np.array_equal(found.images, expected())
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+def test_a_tar_is_not_held_in_memory(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither when its images are found nor while they are read, one after the other, or by several threads."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    contents = {f"{number:02}.png": np.random.default_rng(number).bytes(500_000) for number in range(12)}
+    path = tmp_path / "archive"
+    path.write_bytes(tarred(contents, mode))
+    tracemalloc.start()
+    found = find_images([str(path)])
+    for file in found:
+        assert len(file.read()) == 500_000
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3_000_000
+    with ThreadPoolExecutor(8) as threads:
+        read = list(threads.map(lambda file: file.read(), 3 * found))
+    assert read == 3 * list(contents.values())
+    assert not list(scratch.iterdir()), "the temporary file has no name"
+    num_open = psutil.Process().num_fds()
+    del found, file
+    assert psutil.Process().num_fds() == num_open - 1, "it goes with the images"
+
+
+def test_a_sparse_member_of_a_tar_is_read_whole(tmp_path: Path) -> None:
+    """GNU tar leaves out holes: the content is no range of the archive."""
+    with (tmp_path / "a.png").open("wb") as file:
+        file.write(FILES["a.PNG"])
+        file.truncate(1_000_000)
+    (tmp_path / "b.jpg").write_bytes(FILES["b.jpg"])
+    run(tmp_path, "tar", "--sparse", "-cf", "x.tar", "a.png", "b.jpg")
+    with tarfile.open(tmp_path / "x.tar") as tar:
+        if not tar.getmember("a.png").issparse():
+            pytest.skip("this file system or this tar knows no holes")
+    found = find_images([str(tmp_path / "x.tar")])
+    assert [file.read() for file in found] == [(tmp_path / name).read_bytes() for name in ("a.png", "b.jpg")]
+
+
+def test_the_last_of_two_members_of_a_name_counts(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for content in (FILES["b.jpg"], FILES["deep/er/c.webp"]):
+            info = tarfile.TarInfo("x.jpg")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    assert [file.read() for file in find_images([str(tmp_path / "x.tar")])] == [FILES["deep/er/c.webp"]]
+
+
+def test_a_tar_that_is_cut_after_it_was_found_is_told_of(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    path.write_bytes(tarred(FILES, "w"))
+    found = find_images([str(path)])
+    os.truncate(path, 600)
+    window = read_images(found, 24, "center", "bilinear")
+    assert len(window.names) < 4
+    assert {reason for _, reason in window.skipped} == {"truncated since it was found"}
 
 
 def test_single_files_and_several_places(tmp_path: Path) -> None:
