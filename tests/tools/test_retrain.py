@@ -296,6 +296,7 @@ run_tool(main, "retrain")
 """
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_tool_leaves_its_dvc_at_work_and_the_next_run_waits_for_it(repository: Path) -> None:
     before = state(repository)
     process = start(repository, sys.executable, "-c", RUN_EXPERIMENT)
