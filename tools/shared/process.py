@@ -5,14 +5,13 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 
-from stages.core.stopping import run_stage
-
 
 def run_tool(main: Callable[[], int | None], name: str) -> None:
     """The body of a tool's process, which `main` returns the exit status of; SIGTERM ends it as Ctrl-C does, with 143.
 
     What `main` then has open is closed: KeyboardInterrupt is raised in it.
     """
+    from stages.core.stopping import run_stage  # needs packages; the doctor, which uses `run`, does without
 
     def body() -> None:
         if status := main():
