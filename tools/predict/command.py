@@ -7,7 +7,7 @@
     python -m tools.predict IMAGES --monitor        and has what they show drifted?
 
 Exit status: 0 all were predicted, 1 some were left out (named on stderr), 2 error, none was predicted. With --monitor:
-10 benign drift, 20 harmful drift.
+10 benign drift, 20 harmful drift, 2 no verdict.
 """
 
 from __future__ import annotations
