@@ -127,7 +127,7 @@ def main(params: Params) -> None:
                 null_windows=knobs.null_windows,
                 seed=knobs.seed,
                 baselines=fit_baselines(clean.logits[undrifted], labels[undrifted]),
-                confusion=fit_confusion(clean.logits[known], labels[known]),
+                confusion=fit_confusion(clean.logits[undrifted], labels[undrifted]),
                 damage=[sized for sized, _ in fits.values()],
                 adapts=drifted[0].adapted[sizes[0]] is not None,
             ),

@@ -120,11 +120,12 @@ def comment(github: GitHub, file: Path, pull: int, head: str) -> None:
 
 
 def issue(github: GitHub, file: Path, title: str, label: str, key: str) -> None:
-    """File an issue, or add to the open one; once for each key."""
+    """File an issue, or add to the open one; once for each key, whether the issue that has it is open or closed."""
     if not re.fullmatch(r"[\w.-]+", key):
         raise InputError(f"--key {key!r}: letters, digits, dots, dashes and underscores only")
     body = f"{_ISSUE_MARKER}\n<!-- key: {key} -->\n{file.read_text(encoding='utf-8')[: _LONGEST - 500]}"
-    for there in github.pages(f"/issues?state=open&labels={quote(label)}"):
+    open_one: int | None = None
+    for there in github.pages(f"/issues?state=all&labels={quote(label)}"):
         if not (there["body"] or "").startswith(_ISSUE_MARKER):
             continue
         number = there["number"]
@@ -132,6 +133,10 @@ def issue(github: GitHub, file: Path, title: str, label: str, key: str) -> None:
         if any(f"<!-- key: {key} -->" in text for text in said):
             print(f"github: issue {number} knows of {key}")
             return _output(number=number, new="false")
+        if there["state"] == "open" and open_one is None:
+            open_one = number
+    if open_one is not None:
+        number = open_one
         github.call("POST", f"/issues/{number}/comments", {"body": body})
         print(f"github: {key} is added to issue {number}")
         return _output(number=number, new="true")

@@ -24,9 +24,12 @@ if [ -n "${BATCH:-}" ]; then
   bash .github/scripts/batch.sh "${BATCHES:?}" "${RUNNER_TEMP:?}/production" "$BATCH"
   bash .github/scripts/batch.sh "${LABELS:?}" "$RUNNER_TEMP/labels" "$BATCH"
   dvc repro # what the remote lacks: the images are not pushed
+  summary=$RUNNER_TEMP/retrain.json
+  rm -f "$summary"
   status=0
-  python -m tools.retrain "$RUNNER_TEMP/production/$BATCH" --labels "$RUNNER_TEMP/labels/$BATCH" || status=$?
-  [ "$status" -le 1 ] || exit "$status" # 1: tried, and not promoted; the old model stays
+  python -m tools.retrain "$RUNNER_TEMP/production/$BATCH" --labels "$RUNNER_TEMP/labels/$BATCH" --json "$summary" || status=$?
+  # 1 with these words: tried, and the old model stays. Without them, something broke.
+  [ "$status" = 0 ] || { [ "$status" = 1 ] && grep -q '"decision": "not promoted"' "$summary"; } || exit "$status"
   git branch "experiment/$name"
 else
   python -m tools.exp ${RECIPE:+--recipe "$RECIPE"} --name "$name" "${words[@]}"

@@ -48,7 +48,8 @@ class Repository:
                 return 200, self._numbered(self.pulls, number)
             case ["GET", "issues"]:
                 label = query["labels"][0]
-                found = [each for each in self.issues if each["state"] == "open" and label in each["labels"]]
+                states = ("open", "closed") if query["state"] == ["all"] else query["state"]
+                found = [each for each in self.issues if each["state"] in states and label in each["labels"]]
                 return 200, found[some]
             case ["POST", "issues"]:
                 return 201, self._add(self.issues, state="open", **body)

@@ -173,6 +173,12 @@ def test_an_experiment_becomes_a_pull_request(
     assert (pull["head"], pull["base"]) == ("experiment/slower", "main")
     assert "train.lr" in pull["body"]
 
+    # Another run of the same name: its branch takes the place of the first one's, whose model is the same here.
+    newer = run(runner.checkout, "git", "commit-tree", "experiment/slower^{tree}", "-p", "main", "-m", "Again").stdout
+    run(runner.checkout, "git", "branch", "--force", "experiment/slower", newer.strip())
+    runner.execute(step("train", "Push the branch"), BRANCH="experiment/slower", GITHUB_TOKEN="token")
+    assert newer.strip() in run(runner.checkout, "git", "ls-remote", "origin", "experiment/slower").stdout
+
     # Somebody who checks the branch out gets that model, and has nothing to run.
     other = make_runner()
     other.execute(step("train", "Set up"))
@@ -255,6 +261,9 @@ def test_a_retraining_runs_on_the_batch(make_runner: Callable[[], Runner], repos
     result = runner.execute(step("train", "Train"), **inputs, NAME="", OVERRIDES="", RECIPE="")
     assert "nothing to do: no drift" in result.stdout
     assert "nothing differs" in result.stdout
+    (runner.checkout / "tools/retrain/__main__.py").write_text("raise OSError('the disk is full')")
+    broken = runner.attempt(step("train", "Train"), **inputs, NAME="", OVERRIDES="", RECIPE="")
+    assert (broken.returncode, "nothing differs" in broken.stdout) == (1, False), "status 1 is not only: not promoted"
     inputs["BATCH"] = "../monday"
     result = runner.attempt(step("train", "Train"), **inputs, NAME="", OVERRIDES="", RECIPE="")
     assert (result.returncode, "is no name of a batch" in result.stderr) == (2, True)

@@ -41,6 +41,7 @@ class Fault:
     kind: str  # 503, 403, 401, corrupt, drop, stall
     times: int = 1
     min_bytes: int = 0  # of the file that is sent
+    after: str | None = None  # a call of this kind
 
 
 class StandIn(ThreadingHTTPServer):
@@ -92,6 +93,8 @@ class StandIn(ThreadingHTTPServer):
         with self.lock:
             self.calls.append(call)
             for fault in self.faults:
+                if fault.after is not None and fault.after not in self.calls:
+                    continue
                 if fault.call == call and fault.times > 0 and num_bytes >= fault.min_bytes:
                     fault.times -= 1
                     return fault.kind

@@ -33,6 +33,15 @@ def test_a_broken_download_is_fetched_again(kind: str, empty: Path, made_once: P
     assert files(empty / "model", empty / "table") == files(made_once / "model", made_once / "table")
 
 
+def test_a_network_that_is_away_for_a_while_is_waited_for(empty: Path, made_once: Path, google: StandIn) -> None:
+    """The download breaks, and so does the question why."""
+    google.faults = [Fault("download", "drop", min_bytes=10_000), Fault("metadata", "drop", times=3, after="download")]
+    result = tool(google, empty, "pull", *IMPATIENT)
+    assert google.is_exhausted()
+    assert "again in 1 s, 2 of 3" in result.stderr
+    assert files(empty / "model", empty / "table") == files(made_once / "model", made_once / "table")
+
+
 def test_a_network_that_stays_broken_ends_the_pull(empty: Path, google: StandIn) -> None:
     google.faults = [Fault("download", "stall", times=1000)]
     began = time.monotonic()

@@ -67,6 +67,7 @@ def test_the_truth_says_what_the_monitor_may_say(value: float, verdicts: set[str
         (["--data", "no/such.tgz"], "--data: no/such.tgz: no such file or folder"),
         (["--data", ".", "--recipe", "nono"], "recipes/nono.yaml: no such recipe"),
         (["trian.lr=0.1"], "did you mean 'train.lr'?"),
+        (["--recipe", "imagenette160"], "'imagenette2-160' is not the generated sample; name it by --data"),
     ],
 )
 def test_wrong_input_is_refused(repository: Path, words: list[str], message: str) -> None:

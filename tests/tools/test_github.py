@@ -87,8 +87,10 @@ def test_an_issue_is_filed_once_for_a_key(github: Repository, page: Path, tmp_pa
     assert report("tuesday") == "number=101\nnew=false\n"
     assert (len(github.issues), len(github.comments)) == (2, 1)
     github.issues[1]["state"] = "closed"
+    assert report("monday") == report("tuesday") == "number=101\nnew=false\n", "and it stays closed"
     assert "new=true" in report("wednesday")
     assert len(github.issues) == 3
+    assert len(github.comments) == 1
 
 
 def test_a_pull_request_is_opened_once(github: Repository, page: Path) -> None:

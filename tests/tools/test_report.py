@@ -402,6 +402,13 @@ def test_the_time_of_a_step_is_shared_out(finished_repository: Path, make_trace:
     assert calls["aten::convolution_backward"] >= 1
 
 
+def test_a_damaged_trace_is_as_none(finished_repository: Path, tmp_path: Path) -> None:
+    content = bytearray((finished_repository / "data/profile/trace-1.json.gz").read_bytes())
+    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    (tmp_path / "trace.json.gz").write_bytes(content)
+    assert read_profile(tmp_path / "trace.json.gz") is None
+
+
 @pytest.fixture
 def make_trace(tmp_path: Path) -> Callable[..., Path]:
     import gzip

@@ -34,6 +34,7 @@ from stages.core.archive import Limits
 from stages.core.errors import InputError, run_main
 from stages.core.output import write_json
 from stages.core.packing import Geometry
+from stages.extract import SampleParams
 from tools.benchmark.unseen import UnseenImages, UnseenOfArchive, UnseenOfSample, hold_back
 from tools.retrain import rehearsal
 from tools.shared import overrides
@@ -138,7 +139,10 @@ def _unseen_images(arguments: argparse.Namespace, scratch: Path) -> tuple[Unseen
     words = [*(f"{key}={value}" for key, value in rehearsal.LESS_MEASURING.items()), *arguments.settings]
     if arguments.data is None:
         composed = overrides.compose_one(words, arguments.recipe, fixed)
-        return UnseenOfSample(rehearsal.sample_params()), overrides.flat(composed)
+        if composed["data"]["source"] != "sample":
+            name = composed["data"]["source"]
+            raise InputError(f"data.source: {name!r} is not the generated sample; name it by --data")
+        return UnseenOfSample(SampleParams.model_validate(composed["sample"])), overrides.flat(composed)
     source, rest = Path(arguments.data).expanduser().absolute(), scratch / "rest.tar"
     if not source.exists():
         raise InputError(f"--data: {arguments.data}: no such file or folder")

@@ -16,6 +16,7 @@ import argparse
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,8 @@ def move(command: str, patience: float, attempts: int, allow_missing: bool = Fal
         final_reason(reasons)
         if any(reason in reasons for reason in QUOTA_REASONS):
             raise InputError(quota_message(key))
-        check_access(key, _drive_folder(name, settings), writing=command == "push")
+        with suppress(ConnectionError):  # then the network is away, and another try is not useless
+            check_access(key, _drive_folder(name, settings), writing=command == "push")
 
     variables = {VARIABLE: key.text} if key.file is None else {}
     transfer([command, *options, *_targets(command)], patience, attempts, explain, variables)
@@ -230,6 +232,13 @@ def main(arguments: argparse.Namespace) -> None:
         move(arguments.command, arguments.patience, arguments.attempts, arguments.allow_missing)
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="remote", description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -243,7 +252,7 @@ def _parse() -> argparse.Namespace:
     for name, text in (("push", "copy data and models to the remote"), ("pull", "get them from there")):
         moving = commands.add_parser(name, help=text)
         moving.add_argument("--patience", type=float, default=PATIENCE, help=f"seconds without progress ({PATIENCE:g})")
-        moving.add_argument("--attempts", type=int, default=ATTEMPTS, help=f"tries in all ({ATTEMPTS})")
+        moving.add_argument("--attempts", type=_positive, default=ATTEMPTS, help=f"tries in all ({ATTEMPTS})")
         moving.set_defaults(allow_missing=False)
     pulling = commands.choices["pull"]
     pulling.add_argument("--allow-missing", action="store_true", help="what the remote lacks will be made here")

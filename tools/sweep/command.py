@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -140,7 +141,7 @@ def gpus() -> list[str]:
         count = len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
     elif shutil.which("nvidia-smi"):
         shown = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout  # noqa: S607
-        count = shown.count("GPU ")
+        count = len(re.findall(r"^GPU \d+:", shown, flags=re.MULTILINE))  # "Laptop GPU" is in some names
     else:
         count = 0
     return [f"cuda:{i}" for i in range(count)]
