@@ -76,7 +76,7 @@ def ready(packed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as temporary:  # short: sockets lie in it
         monkeypatch.setenv("TMPDIR", temporary)
         yield packed
-        wait_until(lambda: not any(Path(temporary).iterdir()), 20)  # however the test's stages ended
+        wait_until(lambda: not any(Path(temporary).glob("driftline-wandb-*")), 20)  # however the test's stages ended
 
 
 @pytest.fixture
@@ -139,6 +139,7 @@ def test_an_offline_run_holds_what_dvclive_holds(ready: Path, stage: Callable[..
     assert trained.config["model_sha256"] == evaluated.config["model_sha256"]
     assert trained.exit_code == evaluated.exit_code == 0
     assert not processes_of_wandb(ready / "cache")
+    assert not any(Path(os.environ["TMPDIR"]).iterdir())
 
 
 @pytest.mark.slow
