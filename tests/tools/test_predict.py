@@ -317,9 +317,10 @@ def test_a_registered_model_is_monitored_by_its_own_detector(
 
 @pytest.mark.slow
 def test_the_monitor_says_why_it_has_no_verdict_and_the_predictions_stand(
-    here: Path, capsys: pytest.CaptureFixture[str]
+    repository: Path, lively: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    image = str(next(Path("val").rglob("*.jpg")))
+    monkeypatch.chdir(repository)
+    image = str(next((lively / "val").rglob("*.jpg")))
     with pytest.raises(InputError, match=r"--monitor: no verdict: these images: 1 readable image; nothing can be said"):
         predict.main([image, "--monitor"])
     assert len(rows(capsys.readouterr().out)) == 1
