@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import optuna
@@ -221,7 +222,7 @@ def test_a_task_of_an_earlier_study_of_the_same_name_is_not_looked_at(
     os.utime(info, (1e9, 1e9))
     trial = optuna.create_study().ask()
     assert Run(trial, "study-0", 0, b"").look().state == "waiting"
-    os.utime(info)
+    os.utime(info, (time.time() + 1, time.time() + 1))
     assert Run(trial, "study-0", 0, b"").look().state == "succeeded"
 
 
