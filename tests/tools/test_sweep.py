@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import signal
-import time
 from pathlib import Path
 
-import optuna
 import psutil
 import pytest
 from ruamel.yaml import YAML
 
 from tests.helpers import run, start, step_reached, wait_until
-from tools.shared import dvc_queue
 from tools.sweep.command import gpus
-from tools.sweep.trials import Run
 
 SPACE = ("train.lr=tag(log,interval(0.001,0.1))", "train.label_smoothing=choice(0.0,0.1)")
 COMMAND = ("python", "-m", "tools.sweep", *SPACE, "--target", "evaluate", "--study", "tiny", "--no-prune")
@@ -208,22 +203,6 @@ def _is_stage(process: psutil.Process) -> bool:
         return any(word.startswith("stages.") for word in process.cmdline())
     except psutil.NoSuchProcess:
         return False
-
-
-def test_a_task_of_an_earlier_study_of_the_same_name_is_not_looked_at(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """DVC keeps what it knows of a task for good."""
-    monkeypatch.chdir(tmp_path)
-    info = tmp_path / ".dvc/tmp/exps/run/abc/abc.run"
-    info.parent.mkdir(parents=True)
-    info.write_text(json.dumps({"name": "study-0", "status": 6, "result_ref": "refs/exps/x", "root_dir": "folder"}))
-    assert dvc_queue.look("study-0").state == "succeeded"
-    os.utime(info, (1e9, 1e9))
-    trial = optuna.create_study().ask()
-    assert Run(trial, "study-0", 0, b"").look().state == "waiting"
-    os.utime(info, (time.time() + 1, time.time() + 1))
-    assert Run(trial, "study-0", 0, b"").look().state == "succeeded"
 
 
 def test_gpus_are_counted_by_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,13 +59,9 @@ def start_workers(count: int, trust: bool = True) -> None:
         _dvc("queue", "start", "--jobs", str(count))
 
 
-def look(name: str, since: float = 0.0) -> Task:
-    """The state of the experiment; files from before `since` (seconds since 1970) are of an earlier one of this name.
-
-    DVC keeps them for good.
-    """
-    paths = [path for path in _TASKS.glob("*/*.run") if path.stat().st_mtime >= since]
-    found = [(path, info) for path in paths if (info := _json(path)).get("name") == name]
+def look(name: str) -> Task:
+    """The state of the experiment."""
+    found = [(path, info) for path in _TASKS.glob("*/*.run") if (info := _json(path)).get("name") == name]
     if not found:
         return Task("waiting")
     path, info = max(found, key=lambda pair: pair[0].stat().st_mtime)
@@ -86,15 +82,15 @@ def listed() -> dict[str, str]:
     return dict(rows)
 
 
-def stop(name: str, since: float = 0.0, kill: bool = False) -> bool:
+def stop(name: str, kill: bool = False) -> bool:
     """Ask the running stage of an experiment to stop, which makes the experiment fail; whether one was there to ask.
 
-    `since` is that of `look`. `kill`: do not ask.
+    `kill`: do not ask.
 
     Not `dvc queue kill`: it interrupts the whole process group, and so ends the daemon too, which then takes no further
     task.
     """
-    process = look(name, since).process
+    process = look(name).process
     try:
         children = psutil.Process(process).children(recursive=True) if process else []
         for child in children:

@@ -43,14 +43,6 @@ class Run:
     pruned: bool = False
     nudged: float = field(default_factory=time.monotonic)
 
-    def look(self) -> dvc_queue.Task:
-        """Its state in the queue."""
-        return dvc_queue.look(self.name, since(self.trial))
-
-    def stop(self, kill: bool = False) -> bool:
-        """Ask its stage to stop; whether one was there to ask."""
-        return dvc_queue.stop(self.name, since(self.trial), kill)
-
 
 class Sweep:
     """A study and what of it is running."""
@@ -90,7 +82,7 @@ class Sweep:
         }
         for trial in left:
             name = experiment_name(self.name, trial)
-            if name in known and dvc_queue.look(name, since(trial)).state != "lost":  # dvc lists it as running
+            if name in known and dvc_queue.look(name).state != "lost":  # dvc lists it as running
                 print(f"sweep: {name} was left running and is taken up", flush=True)
                 run = Run(trial, name, trial.user_attrs.get("slot", 0), _content(self.epochs))
                 run.num_epochs = len(self.study.trials[trial.number].intermediate_values)
@@ -141,7 +133,7 @@ class Sweep:
 
     def _settled(self, run: Run) -> bool:
         """Look at a run: report its epochs, stop it when it is not promising, record its end."""
-        task = run.look()
+        task = dvc_queue.look(run.name)
         if task.state == "succeeded":
             commit = dvc_queue.experiments(run.name)[run.name]
             # Those that ended between two looks, for the trials that are compared with it.
@@ -165,7 +157,7 @@ class Sweep:
         elif time.monotonic() - run.nudged > _NUDGE_SECONDS and (task.state == "waiting" or run.pruned):
             run.nudged = time.monotonic()
             if run.pruned:
-                run.stop()
+                dvc_queue.stop(run.name)
             else:
                 dvc_queue.start_workers(self.arguments.workers, trust=False)
         elif task.state == "running" and task.folder is not None and not run.pruned:
@@ -183,7 +175,7 @@ class Sweep:
                 print(f"sweep: {run.name} is pruned after epoch {epoch + 1} ({value:.4f})", flush=True)
                 run.pruned, run.nudged = True, time.monotonic()
                 run.trial.set_user_attr("pruned", True)
-                run.stop()
+                dvc_queue.stop(run.name)
                 return
 
     def _stop_all(self) -> None:
@@ -194,10 +186,10 @@ class Sweep:
         asked: set[str] = set()
         while (going_on := self._going_on()) and time.monotonic() - start < _STOP_SECONDS + _KILL_SECONDS:
             late = time.monotonic() - start > _STOP_SECONDS
-            for run in [run for run in self.active if run.name in going_on]:
+            for name in going_on:
                 # Once: a stage may take a while to save.
-                if (late or run.name not in asked) and run.stop(kill=late):
-                    asked.add(run.name)
+                if (late or name not in asked) and dvc_queue.stop(name, kill=late):
+                    asked.add(name)
             time.sleep(_POLL_SECONDS)
         for run in self.active:
             if not self._is_told(run):
@@ -210,7 +202,7 @@ class Sweep:
 
         A daemon that has just taken one makes its folder first: only dvc, which is slow to ask, knows that it runs.
         """
-        states = {run.name: run.look().state for run in self.active}
+        states = {run.name: dvc_queue.look(run.name).state for run in self.active}
         running = [name for name, state in states.items() if state == "running"]
         waiting = [name for name, state in states.items() if state == "waiting"]
         if running or not waiting:
@@ -222,7 +214,7 @@ class Sweep:
 
     def _is_told(self, run: Run) -> bool:
         """Whether it had ended on its own when we came to stop it."""
-        return run.look().state == "succeeded" and self._settled(run)
+        return dvc_queue.look(run.name).state == "succeeded" and self._settled(run)
 
     def report(self) -> int:
         """Print and write the table and the picture; 1 when no trial has a result."""
@@ -251,12 +243,6 @@ class Sweep:
 def experiment_name(study: str, trial: Trial | optuna.trial.FrozenTrial) -> str:
     """The DVC experiment of a trial."""
     return f"{study}-{trial.number}"
-
-
-def since(trial: Trial) -> float:
-    """When a trial began (seconds since 1970): what the queue has of its name from before is another study's."""
-    began = trial.datetime_start
-    return began.timestamp() if began is not None else 0.0
 
 
 def by_epoch(text: str) -> list[float]:
