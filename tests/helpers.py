@@ -62,8 +62,9 @@ def run(
     folder: Path, *command: str, check: bool = True, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a command in a folder with this environment's python and dvc first on PATH."""
+    # A machine with other work has taken ten minutes for a whole pipeline.
     result = subprocess.run(
-        command, cwd=folder, env=_environment(environment), capture_output=True, text=True, timeout=600
+        command, cwd=folder, env=_environment(environment), capture_output=True, text=True, timeout=1800
     )
     if check:
         assert result.returncode == 0, f"{command}: rc {result.returncode}\n{result.stdout}\n{result.stderr}"

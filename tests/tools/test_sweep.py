@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -153,6 +154,13 @@ def test_a_trial_that_fails_costs_only_itself(repository: Path) -> None:
     assert every.stdout.rstrip().endswith("sweep: no trial has a result; the reasons are in the table above")
     assert every.stderr == ""
     _is_tidy(repository, ["some-1"])
+    # Begun anew under the same name: what became of the earlier trials is nothing to it.
+    shutil.rmtree(repository / "sweeps/every")
+    run(repository, *command, "train.lr=choice(0.01,0.02)", "--trials", "1", "--study", "every")
+    assert [(trial["experiment"], trial["state"]) for trial in _trials(repository, "every")] == [
+        ("every-0", "complete")
+    ]
+    _is_tidy(repository, ["every-0", "some-1"])
 
 
 def _long_trials(study: str) -> tuple[str, ...]:

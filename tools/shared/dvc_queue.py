@@ -27,7 +27,9 @@ _TASKS = Path(".dvc/tmp/exps/run")
 _DAEMONS = Path(".dvc/tmp/exps/celery")
 _FAILED, _CANCELED, _FINISHED = 4, 5, 6  # dvc.repo.experiments.executor.base.TaskStatus; 2 is running
 
-State = Literal["waiting", "running", "succeeded", "failed", "lost"]  # lost: killed together with its daemon
+State = Literal[
+    "waiting", "running", "succeeded", "failed", "lost"
+]  # lost: killed, and no daemon lives that would say so
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,7 @@ def start_workers(count: int, trust: bool = True) -> None:
 
     dvc asks the daemons, which takes seconds; with `trust`, those whose process lives need not be asked.
     """
-    pids = [_json(path).get("pid") for path in _DAEMONS.glob("dvc-exp-worker-*.json") if _returned(path) is None]
-    if not trust or sum(psutil.pid_exists(pid) for pid in pids if pid) < count:
+    if not trust or len(_daemons()) < count:
         _dvc("queue", "start", "--jobs", str(count))
 
 
@@ -66,14 +67,15 @@ def look(name: str) -> Task:
         return Task("waiting")
     path, info = max(found, key=lambda pair: pair[0].stat().st_mtime)
     process = _json(path.with_suffix(".json"))
+    pid = process["pid"] if process and _is_dvc(process["pid"]) else None
     state: State = "running"
     if info["status"] == _FINISHED:
         state = "succeeded" if info["result_ref"] else "failed"
-    elif info["status"] in (_FAILED, _CANCELED) or _returned(path.with_suffix(".json")):
+    elif info["status"] in (_FAILED, _CANCELED) or process.get("returncode"):
         state = "failed"
-    elif process and _returned(path.with_suffix(".json")) is None and not psutil.pid_exists(process["pid"]):
+    elif pid is None and not _daemons():  # which begin a process, and write down how it ended
         state = "lost"
-    return Task(state, Path(info["root_dir"]), process.get("pid"), path.with_suffix(".out"))
+    return Task(state, Path(info["root_dir"]), pid, path.with_suffix(".out"))
 
 
 def listed() -> dict[str, str]:
@@ -106,6 +108,19 @@ def remove(names: Sequence[str]) -> None:
         there = [name for name, state in listed().items() if name in names and state in ("Queued", "Failed")]
         if there:  # dvc removes none when it misses one
             _dvc("queue", "remove", *there, check=False)
+
+
+def forget(study: str) -> None:
+    """Remove what dvc keeps of ended experiments that are named after a study and a number."""
+    named = re.compile(rf"{re.escape(study)}-\d+")
+    known = listed()
+    if ended := [name for name, state in known.items() if named.fullmatch(name) and state in ("Success", "Failed")]:
+        _dvc("queue", "remove", *ended)
+        known = listed()
+    for path in _TASKS.glob("*/*.run"):  # also of those that dvc, killed with them, no longer lists
+        name = _json(path).get("name") or ""
+        if named.fullmatch(name) and name not in known:
+            shutil.rmtree(path.parent)
 
 
 def clear(name: str) -> None:
@@ -148,10 +163,20 @@ def number_in(text: str, key: Sequence[str], where: str) -> float:
     return float(content)
 
 
-def _returned(path: Path) -> int | None:
-    """The exit status in a `*.json` of a process; None while it runs."""
-    status = _json(path).get("returncode")
-    return status if isinstance(status, int) else None
+def _daemons() -> list[int]:
+    """The process numbers of the daemons that live."""
+    found = [_json(path) for path in _DAEMONS.glob("dvc-exp-worker-*.json")]
+    return [
+        info["pid"] for info in found if info.get("returncode") is None and info.get("pid") and _is_dvc(info["pid"])
+    ]
+
+
+def _is_dvc(pid: int) -> bool:
+    """Whether a process lives and is dvc's: after a restart of the machine its number may be another's."""
+    try:
+        return any("dvc" in word for word in psutil.Process(pid).cmdline())
+    except psutil.Error:
+        return False
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -78,17 +78,20 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _check_queue(name: str, is_new: bool) -> None:
     listed = dvc_queue.listed()
-    others = [n for n, s in listed.items() if s in ("Queued", "Running") and not n.startswith(f"{name}-")]
+    others = [n for n, s in listed.items() if s in ("Queued", "Running") and (is_new or not n.startswith(f"{name}-"))]
     if others:
         raise InputError(
             f"the queue holds other experiments ({', '.join(others[:3])}), which this sweep's workers would run too; "
             "let them end (dvc queue start) or remove them (dvc queue remove) first"
         )
-    if is_new and (old := dvc_queue.experiments(f"{name}-[0-9]*")):
+    if not is_new:
+        return
+    if old := dvc_queue.experiments(f"{name}-[0-9]*"):
         raise InputError(
             f"experiments of an earlier study {name} are here ({', '.join(sorted(old)[:3])}), but not its record; "
             f"use another --study, or remove them (dvc exp remove {' '.join(sorted(old)[:3])} ...)"
         )
+    dvc_queue.forget(name)
 
 
 @contextmanager
