@@ -2,7 +2,7 @@
 # data and no secret is in a layer. docs/CONTAINER.md has the commands.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
-# PyTorch and what only it needs (5 of 6 GB) change rarely: apart from the rest of the lock, they keep their layer when
+# PyTorch and what only it needs (5.6 of 6.9 GB) change rarely: apart from the rest of the lock, they keep their layer when
 # anything else changes, because COPY --from is cached by content.
 FROM ${BASE_IMAGE} AS lock
 ARG TORCH_INDEX=

@@ -31,7 +31,7 @@ class DriftParams(Section):
     """The `drift` section of params.yaml."""
 
     seed: Annotated[int, Field(ge=0, lt=2**31)]
-    alpha: Annotated[float, Field(gt=0, le=0.2)]
+    alpha: Annotated[float, Field(ge=0.0001, le=0.2)]
     max_drop: Annotated[float, Field(gt=0, lt=1)]
     window_sizes: Annotated[list[Annotated[int, Field(ge=2, le=256)]], Field(min_length=1)]
     axes: Annotated[int, Field(ge=1, le=256)]
@@ -81,6 +81,8 @@ def main(params: Params) -> None:
     split = load_split("val", meta)
     check_images(split)
     images, labels = split.images, split.labels
+    # What drift costs is counted from the images of the source: those of data.extra are drifted ones.
+    is_of_source = np.array([not is_extra(name) for name in load_file_names("val")])
     where = device.set_up(params.runtime)
     network, spec = model.load(model.CLASSIFIER, where)
     if spec.class_ids != meta.class_ids:
@@ -94,6 +96,14 @@ def main(params: Params) -> None:
         rng = np.random.default_rng(knobs.seed)
         parts = drift_check.split(len(labels), rng)
         sizes = drift_check.possible_sizes(knobs.window_sizes, parts, knobs.images_per_condition)
+
+        known = np.concatenate([parts.reference, parts.threshold])
+        undrifted = known[is_of_source[known]]
+        if len(undrifted) == 0:
+            raise InputError(
+                f"data/processed: of {len(labels)} validation images, {is_of_source.sum()} are not of data.extra, too "
+                "few to know what the classifier does on clean ones; give data.source more validation images"
+            )
 
         # Reference images teach the damage estimate, check images measure everything: under each condition, both.
         fit_on = rng.permutation(parts.reference)[: knobs.fit_images]
@@ -109,10 +119,6 @@ def main(params: Params) -> None:
         fitting, checking = [drifted[0], *drifted[1::2]], drifted[2::2]
 
         fits = {size: drift_check.fit_sized_damage(fitting, labels, size) for size in sizes}
-        known = np.concatenate([parts.reference, parts.threshold])
-        # What drift costs is counted from the images of the source: those of data.extra are drifted ones.
-        extra = np.array([is_extra(name) for name in load_file_names("val")])
-        undrifted = known[~extra[known]]
         projection = fit_projection(clean.rows(parts.reference), knobs.axes)
         detector = detectors.build(
             detectors.DetectorSpec(
@@ -133,6 +139,7 @@ def main(params: Params) -> None:
             ),
             projection,
             population_of(clean.rows(parts.threshold), projection),
+            labels[parts.threshold],
         )
         detectors.save(detectors.DETECTOR, detector)
 

@@ -88,6 +88,7 @@ def main(params: Params) -> None:
             counts = source.counts
             for split in SPLITS:
                 _write_tar(out / f"{split}.tar", source.images[split], split, source.counts[split])
+                _refuse_prefix(out / f"{split}.tar", split)
             found = content_hash(out)
             if Path(params.data.source).expanduser().is_dir():
                 _check_folder(params.data, found)
@@ -167,7 +168,6 @@ def _add_extra(data: DataParams, extra: _Source, out: Path) -> ExtraInfo:
 
     for split in SPLITS:
         tar = out / f"{split}.tar"
-        _refuse_prefix(tar, split)
         _write_tar(tar, renamed(split), split, extra.counts[split], mode="a")
     found = digest.hexdigest()
     is_folder = Path(data.extra or "").expanduser().is_dir()
@@ -177,13 +177,13 @@ def _add_extra(data: DataParams, extra: _Source, out: Path) -> ExtraInfo:
 
 
 def _refuse_prefix(tar_path: Path, split: str) -> None:
-    """A name of the source must not look like one of `data.extra`."""
+    """A name of the source must not look like one of `data.extra`: images are told apart by it."""
     with tarfile.open(tar_path, "r:") as tar:
         for info in tar:
             if is_extra(info.name):
                 raise InputError(
-                    f"{split}/{info.name}: with data.extra, no image of data.source may be named {EXTRA_PREFIX}*: "
-                    "rename it"
+                    f"{split}/{info.name}: no image of data.source may be named {EXTRA_PREFIX}*, as those of "
+                    "data.extra are: rename it"
                 )
 
 

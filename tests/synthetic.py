@@ -67,6 +67,7 @@ def detector(num_threshold: int = 400, accuracy: float = 0.5, **changes: Any) ->
         DetectorSpec(**(spec | changes)),
         projection,
         population_of(threshold, projection),
+        classes_of(num_threshold, 2),
     )
 
 

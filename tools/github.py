@@ -3,10 +3,11 @@
     python3 -m tools.github comment report.md --pull 7 --head SHA
     python3 -m tools.github issue drift.md --title "Harmful drift" --label drift --key 2026-11-25.tgz
     python3 -m tools.github pull-request report.md --branch experiment/slower --title "Experiment slower"
-    python3 -m tools.github dispatch train.yml batch=2026-11-25.tgz
+    python3 -m tools.github dispatch train.yml batch=2026-11-25.tgz --issue 7 --key 2026-11-25.tgz
 
 GITHUB_REPOSITORY, GITHUB_TOKEN and GITHUB_API_URL are what GitHub Actions gives a step. Only Python's standard library
-is used, so the step needs no virtual environment. Results for later steps (`number`, `new`) go to GITHUB_OUTPUT.
+is used, so the step needs no virtual environment. Results for later steps (`number`, `new`, `started`) go to
+GITHUB_OUTPUT.
 
 Exit status: 0 done, or nothing to do; 1 GitHub did not answer; 2 bad input.
 """
@@ -132,17 +133,18 @@ def issue(github: GitHub, file: Path, title: str, label: str, key: str) -> None:
         said = [there["body"], *(each["body"] for each in github.pages(f"/issues/{number}/comments"))]
         if any(f"<!-- key: {key} -->" in text for text in said):
             print(f"github: issue {number} knows of {key}")
-            return _output(number=number, new="false")
+            started = any(_started(key) in text for text in said)
+            return _output(number=number, new="false", started=str(started).lower())
         if there["state"] == "open" and open_one is None:
             open_one = number
     if open_one is not None:
         number = open_one
         github.call("POST", f"/issues/{number}/comments", {"body": body})
         print(f"github: {key} is added to issue {number}")
-        return _output(number=number, new="true")
+        return _output(number=number, new="true", started="false")
     made = github.call("POST", "/issues", {"title": title, "body": body, "labels": [label]})
     print(f"github: issue {made['number']} is filed")
-    return _output(number=made["number"], new="true")
+    return _output(number=made["number"], new="true", started="false")
 
 
 def pull_request(github: GitHub, file: Path, branch: str, title: str, base: str) -> None:
@@ -160,13 +162,22 @@ def pull_request(github: GitHub, file: Path, branch: str, title: str, base: str)
     _output(number=number)
 
 
-def dispatch(github: GitHub, workflow: str, ref: str, words: list[str]) -> None:
-    """Start a workflow with inputs."""
+def dispatch(
+    github: GitHub, workflow: str, ref: str, words: list[str], issue_number: int | None = None, key: str | None = None
+) -> None:
+    """Start a workflow with inputs, and say so on an issue, which then tells that it was started for the key."""
     if wrong := [word for word in words if "=" not in word]:
         raise InputError(f"{wrong[0]!r}: an input is NAME=VALUE")
     inputs = dict(word.split("=", 1) for word in words)
     github.call("POST", f"/actions/workflows/{quote(workflow)}/dispatches", {"ref": ref, "inputs": inputs})
     print(f"github: {workflow} is started on {ref}")
+    if issue_number is not None:
+        body = f"{_started(key or '')}\n`{workflow}` is started on `{ref}`: {', '.join(words)}"
+        github.call("POST", f"/issues/{issue_number}/comments", {"body": body})
+
+
+def _started(key: str) -> str:
+    return f"<!-- started: {key} -->"
 
 
 def _from_environment(name: str) -> str:
@@ -195,7 +206,9 @@ def main(arguments: argparse.Namespace) -> int:
     elif arguments.verb == "pull-request":
         pull_request(github, arguments.file, arguments.branch, arguments.title, arguments.base)
     else:
-        dispatch(github, arguments.workflow, arguments.ref, arguments.inputs)
+        if (arguments.issue is None) != (arguments.key is None):
+            raise InputError("--issue and --key go together")
+        dispatch(github, arguments.workflow, arguments.ref, arguments.inputs, arguments.issue, arguments.key)
     return 0
 
 
@@ -219,6 +232,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("workflow", metavar="WORKFLOW", help="its file name, such as train.yml")
     verb.add_argument("inputs", nargs="*", metavar="NAME=VALUE")
     verb.add_argument("--ref", default="main", help="branch to run it on (main)")
+    verb.add_argument("--issue", type=int, metavar="N", help="issue that is told, which `issue` then knows")
+    verb.add_argument("--key", help="what it is started for, as of `issue`")
     return parser
 
 

@@ -32,6 +32,10 @@ if [ -n "${BATCH:-}" ]; then
   [ "$status" = 0 ] || { [ "$status" = 1 ] && grep -q '"decision": "not promoted"' "$summary"; } || exit "$status"
   git branch "experiment/$name"
 else
+  # Several values of a key are several experiments, in the queue: none of this name, and none that has run.
+  if python -m tools.exp --dry ${RECIPE:+--recipe "$RECIPE"} --name "$name" "${words[@]}" | grep -q "dvc exp run --queue"; then
+    refuse "overrides '$OVERRIDES': one value for each key"
+  fi
   python -m tools.exp ${RECIPE:+--recipe "$RECIPE"} --name "$name" "${words[@]}"
   dvc exp branch "$name" "experiment/$name"
 fi

@@ -82,8 +82,7 @@ def fit_confusion(logits: Logits, labels: NDArray[np.int64]) -> Confusion:
 def shifted_accuracy(confusion: Confusion, predicted: NDArray[np.int64]) -> tuple[float, float]:
     """Accuracy, and its standard error, on images predicted as classes (n,) that differ by their mix of classes only.
 
-    The mix is that under which these predictions are the likeliest (Saerens et al. 2002, by expectation-maximisation);
-    the error comes from windows drawn anew, and from how many images of each class the confusion is known from.
+    The error comes from windows drawn anew, and from how many images of each class the confusion is known from.
     """
     shares, known = np.array(confusion.shares), np.array(confusion.counts)
     right = np.diagonal(shares)
@@ -95,8 +94,24 @@ def shifted_accuracy(confusion: Confusion, predicted: NDArray[np.int64]) -> tupl
     return float(accuracies[0]), float(np.sqrt(accuracies[1:].var() + error))
 
 
+def true_classes(confusion: Confusion, predicted: NDArray[np.int64]) -> Values:
+    """P(true | predicted) of images predicted as classes (n,) that differ by their mix of classes only.
+
+    Shape (num_classes, num_classes), a column for each predicted class; columns of classes that are in `predicted` sum
+    up to 1.
+    """
+    shares = np.array(confusion.shares)
+    seen = np.bincount(predicted, minlength=len(shares)) / len(predicted)
+    joint = _likeliest_mixes(shares, seen[None])[0][:, None] * shares
+    columns: Values = joint / np.maximum(joint.sum(axis=0), 1e-300)
+    return columns
+
+
 def _likeliest_mixes(shares: Values, seen: Values) -> Values:
-    """Mixes of true classes (B, num_classes) that make shares of predicted ones (B, num_classes) the likeliest."""
+    """Mixes of true classes (B, num_classes) that make shares of predicted ones (B, num_classes) the likeliest.
+
+    By expectation-maximisation (Saerens et al. 2002).
+    """
     mixes: Values = np.full_like(seen, 1 / len(shares))
     for _ in range(_EM_ROUNDS):
         mixes = mixes * ((seen / (mixes @ shares)) @ shares.T)

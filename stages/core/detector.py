@@ -26,6 +26,7 @@ from stages.core.damage import (
     damage_inputs,
     probability_right,
     shifted_accuracy,
+    true_classes,
 )
 from stages.core.errors import InputError
 from stages.core.features import Features
@@ -46,8 +47,8 @@ from stages.core.two_sample import (
     compare_with,
     draw_windows,
     evidence,
-    matched_windows,
     population_of,
+    windows_of,
 )
 
 DETECTOR = Path("models/drift")
@@ -102,7 +103,8 @@ class Judgement(NamedTuple):
     p_value: float
     num_tested: int  # images that the test compared
     class_p_value: float
-    class_shift: bool  # then the images are compared with clean ones of the same class mix, where there are enough
+    class_shift: bool
+    same_mix: bool  # whether the images were compared with clean ones of their own class mix, where it has shifted
     accuracy: float
     low: float  # 95 % interval
     high: float
@@ -117,6 +119,7 @@ class Detector:
     spec: DetectorSpec
     projection: Projection
     threshold: Population
+    labels: Indices  # (N,) true classes of the threshold images
     comparison: Comparison
 
     @property
@@ -155,15 +158,24 @@ class Detector:
     def matched_p_value(self, window: Population, alpha: float | None = None) -> tuple[float, int] | None:
         """p-value against clean images of the window's own class mix, and the number of images compared.
 
-        None where the clean images have too few of these classes for most of the window.
+        The true classes of its images, and so of the clean windows that it is compared with, are drawn given the
+        predicted ones. None where the clean images have too few of these classes for most of the window.
         """
         rng = np.random.default_rng([self.spec.seed, len(window), 2])
-        count = self.num_windows(alpha or self.spec.alpha)
-        kept, windows = matched_windows(window.classes, self.threshold.classes, count, rng)
-        if len(kept) < max(SMALLEST_WINDOW, min(_MATCHED_IMAGES, _MATCHED_SHARE * len(window))):
+        there = np.bincount(self.labels, minlength=len(self.spec.class_ids))
+        # By the class that an image truly has: those predicted as a class are others when the mix is another.
+        shares = true_classes(self.spec.confusion, window.classes) * (there > 0)[:, None]
+        kept = np.flatnonzero(shares.sum(axis=0)[window.classes] > 0.5)
+        # Half of the clean images of a class at most, so that the rest can be compared with.
+        expected = shares[:, window.classes[kept]].sum(axis=1)
+        number = int(min(1.0, (there / 2 / np.maximum(expected, 1e-9))[there > 0].min()) * len(kept))
+        if number < max(SMALLEST_WINDOW, min(_MATCHED_IMAGES, _MATCHED_SHARE * len(window))):
             return None
-        some = window.rows(kept)
-        weights = class_weights(some.classes, self.threshold.classes)
+        some = window.rows(np.sort(rng.permutation(kept)[:number]))
+        count = self.num_windows(alpha or self.spec.alpha)
+        labels = np.stack([_draw(shares[:, predicted], count, rng) for predicted in some.classes], axis=1)
+        windows = windows_of(labels, self.labels, rng)
+        weights = class_weights(shares[:, some.classes].sum(axis=1), self.labels)
         comparison = compare_with(self.threshold, self.projection, weights)
         calibrated = calibrate(evidence(comparison, self.threshold.values, windows, inside=True))
         found = evidence(comparison, some.values, np.arange(len(some))[None])
@@ -199,10 +211,11 @@ class Detector:
         class_p_value = self.class_p_value(tested.classes, alpha)
         shifted = class_p_value <= alpha
         matched = self.matched_p_value(tested, alpha) if shifted else None
-        if matched is None:
+        if matched is not None:
+            p_value, num_tested = matched
+        else:
             calibration = calibration or self.calibration(len(tested), alpha)
-            matched = float(calibration.p_values(found)[0]), len(tested)
-        p_value, num_tested = matched
+            p_value, num_tested = float(calibration.p_values(found)[0]), len(tested)
         accuracy, low, high = self.estimate(features.logits, adapted)
         if shifted and p_value > alpha:
             # A window of few classes is nothing to adapt to; as the images look like clean ones, their classes tell.
@@ -217,6 +230,7 @@ class Detector:
             num_tested=num_tested,
             class_p_value=class_p_value,
             class_shift=shifted,
+            same_mix=not shifted or matched is not None,
             accuracy=accuracy,
             low=low,
             high=high,
@@ -253,15 +267,16 @@ def nearest_size(damage: Sequence[SizedDamage], size: int) -> SizedDamage:
     return min(damage, key=lambda sized: abs(np.log(sized.window / size)))
 
 
-def build(spec: DetectorSpec, projection: Projection, threshold: Population) -> Detector:
+def build(spec: DetectorSpec, projection: Projection, threshold: Population, labels: Indices) -> Detector:
     """A detector of its parts."""
-    return Detector(spec, projection, threshold, compare_with(threshold, projection))
+    return Detector(spec, projection, threshold, labels, compare_with(threshold, projection))
 
 
 def save(folder: Path, detector: Detector) -> None:
     """Write a detector directory that appears whole or not at all."""
     arrays = {f"projection.{name}": values for name, values in detector.projection._asdict().items()}
     arrays |= {"threshold.values": detector.threshold.values, "threshold.classes": detector.threshold.classes}
+    arrays["threshold.labels"] = detector.labels
     with replace_directory(folder) as out:
         with disk_errors(folder):
             save_file({name: np.ascontiguousarray(each) for name, each in arrays.items()}, out / "arrays.safetensors")
@@ -283,11 +298,16 @@ def load(folder: Path = DETECTOR) -> Detector:
         arrays = load_file(path)
         projection = Projection(**{name: arrays[f"projection.{name}"] for name in Projection._fields})
         threshold = Population(arrays["threshold.values"], arrays["threshold.classes"])
-        detector = build(spec, projection, threshold)
+        detector = build(spec, projection, threshold, arrays["threshold.labels"])
     except (OSError, SafetensorError, KeyError, IndexError, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {error}; run `dvc repro drift`") from None
     check_unaltered(path, spec.sha256, "drift")
     return detector
+
+
+def _draw(shares: Values, count: int, rng: np.random.Generator) -> Indices:
+    """`count` classes, drawn by their shares (num_classes,)."""
+    return rng.choice(len(shares), size=count, p=shares / shares.sum())
 
 
 def _counts(classes: Indices, num_classes: int) -> Indices:

@@ -37,7 +37,7 @@ from stages.core.two_sample import (
 )
 
 REFERENCE_SHARE, THRESHOLD_SHARE = 0.15, 0.425  # of the clean images; the rest checks
-_MOST_THRESHOLD_IMAGES = 4000  # a kernel matrix of them is 128 MB
+_MOST_IMAGES = 4000  # to calibrate, and to check: a kernel matrix of them is 128 MB
 CONTAMINATED_ALPHA = 0.05  # at which windows that are drifted in part are counted
 _NUM_WINDOWS = 100  # that a rate is taken over
 _ESTIMATED_IMAGES = 100  # at least, to check the estimate with
@@ -71,11 +71,12 @@ class Drifted(NamedTuple):
 
 
 def split(num_images: int, rng: np.random.Generator) -> Parts:
-    """Split clean images at random."""
+    """Split clean images at random; of very many, some are in no part."""
     order = rng.permutation(num_images)
     first = round(REFERENCE_SHARE * num_images)
-    second = first + min(round(THRESHOLD_SHARE * num_images), _MOST_THRESHOLD_IMAGES)
-    return Parts(*(np.sort(part) for part in (order[:first], order[first:second], order[second:])))
+    second = first + min(round(THRESHOLD_SHARE * num_images), _MOST_IMAGES)
+    third = second + _MOST_IMAGES
+    return Parts(*(np.sort(part) for part in (order[:first], order[first:second], order[second:third])))
 
 
 def possible_sizes(wanted: Sequence[int], parts: Parts, num_corrupted: int) -> list[int]:

@@ -56,20 +56,28 @@ class Extractor:
     @torch.inference_mode()
     def features(self, images: NDArray[np.uint8]) -> Features:
         """Features of uint8 images (N, H, W, 3), N > 0; the network sees them whole, resized to its input size."""
-        seen: list[Tensor] = []
+        heads = self._heads()
+        seen: list[list[Tensor]] = [[] for _ in heads]
 
-        def keep(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            seen.append(inputs[0].float().flatten(1).cpu())
+        def keep(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            seen[heads.index(module)].append(inputs[0].float().flatten(1).cpu())
 
-        head: Any = self.network.get_classifier()  # type: ignore[operator]  # timm has it
-        # Distilled models have two heads: the first is that of the labels.
-        hook = (head[0] if isinstance(head, tuple | list) else head).register_forward_pre_hook(keep)
+        hooks = [head.register_forward_pre_hook(keep) for head in heads]
         try:
             batches = range(0, len(images), self.batch_size)
             logits = [self._logits(images[start : start + self.batch_size]) for start in batches]
         finally:
-            hook.remove()
-        return Features(torch.cat(logits).numpy(), torch.cat(seen).numpy(), image_statistics(images))
+            for hook in hooks:
+                hook.remove()
+        embedding = torch.cat([torch.cat(parts) for parts in seen], dim=1)
+        return Features(torch.cat(logits).numpy(), embedding.numpy(), image_statistics(images))
+
+    def _heads(self) -> list[nn.Module]:
+        """The layers that make the logits of the labels: one, or one a branch."""
+        head: Any = self.network.get_classifier()  # type: ignore[operator]  # timm has it
+        if isinstance(head, tuple | list):  # distilled models have two: the first is that of the labels
+            head = head[0]
+        return list(head) if isinstance(head, nn.ModuleList) else [head]
 
     @torch.inference_mode()
     def adapted_logits(self, images: NDArray[np.uint8], group: int) -> NDArray[np.float32] | None:

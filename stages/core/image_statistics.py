@@ -36,7 +36,7 @@ _BATCH = 64
 
 
 def image_statistics(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """STATISTICS of uint8 RGB images (N, H, W, 3), sides of at least 16 pixels: float32 (N, len(STATISTICS))."""
+    """STATISTICS of uint8 RGB images (N, H, W, 3), sides of at least 8 pixels: float32 (N, len(STATISTICS))."""
     parts = [_of_batch(images[start : start + _BATCH]) for start in range(0, len(images), _BATCH)]
     return np.concatenate(parts) if parts else np.zeros((0, len(STATISTICS)), dtype=np.float32)
 
@@ -105,6 +105,8 @@ def _speckles(luma: Tensor) -> Tensor:
 
 def _blocks(step_x: Tensor, step_y: Tensor) -> Tensor:
     """How much larger steps are on the borders of 8x8 blocks than beside them, as a logarithm (N,)."""
+    if step_x.shape[2] < 8 or step_y.shape[1] < 8:  # one block
+        return torch.zeros(len(step_x))
     on = _mean_size(step_x[:, :, 7::8]) + _mean_size(step_y[:, 7::8])
     beside = _mean_size(step_x[:, :, 3::8]) + _mean_size(step_y[:, 3::8])
     return torch.log((on + _FLOOR) / (beside + _FLOOR))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import sys
 import tarfile
 import tempfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
@@ -80,6 +81,17 @@ def is_image_name(name: str) -> bool:
     parts = PurePosixPath(name).parts
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
     return not hidden and PurePosixPath(name).suffix.lower() in _SUFFIXES
+
+
+def lines_of_stdin() -> Iterator[str]:
+    """Paths on stdin, one a line, of any bytes; InputError for those that `find -print0` would write."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    for line in sys.stdin:
+        if "\0" in line:
+            raise InputError("stdin: paths are one a line, without a NUL between them: leave -print0 out")
+        if line.strip():
+            yield line.rstrip("\r\n")
 
 
 def printable(text: str) -> str:

@@ -143,29 +143,25 @@ def draw_windows(num_images: int, size: int, count: int, rng: np.random.Generato
     return np.concatenate([np.argpartition(part, size - 1, axis=1)[:, :size] for part in parts])
 
 
-def matched_windows(classes: Indices, pool: Indices, count: int, rng: np.random.Generator) -> tuple[Indices, Indices]:
-    """Windows of a pool with the class mix of a window, as far as half of the pool's images of each class allow.
+def windows_of(labels: Indices, pool: Indices, rng: np.random.Generator) -> Indices:
+    """Windows (B, n) of images of a pool, which is of classes (N,): at each place, one of the class in `labels` (B, n).
 
-    `classes` (n,) and `pool` (N,) are predicted classes. Returns the images of the window that have a match, (m,), and
-    as many of the pool, (count, m).
+    The images of a window differ, unless it has more of a class than the pool.
     """
-    kept, parts = [], []
-    for label in np.unique(classes):
-        rows, candidates = np.flatnonzero(classes == label), np.flatnonzero(pool == label)
-        number = min(len(rows), len(candidates) // 2)
-        if number:
-            kept.append(rows[:number])
-            parts.append(candidates[draw_windows(len(candidates), number, count, rng)])
-    if not kept:
-        return np.zeros(0, dtype=np.int64), np.zeros((count, 0), dtype=np.int64)
-    return np.concatenate(kept), np.concatenate(parts, axis=1)
+    windows = np.empty(labels.shape, dtype=np.int64)
+    for label in np.unique(labels):
+        candidates, places = np.flatnonzero(pool == label), labels == label
+        counts = places.sum(axis=1)
+        most = int(counts.max())
+        drawn = draw_windows(len(candidates), min(most, len(candidates)), len(labels), rng)
+        order = rng.permuted(drawn, axis=1)[:, np.arange(most) % len(candidates)]
+        windows[places] = candidates[order[np.arange(most) < counts[:, None]]]
+    return windows
 
 
-def class_weights(classes: Indices, pool: Indices) -> Values:
-    """Weights (N,) under which the pool has the class mix of a window."""
-    num_classes = int(max(classes.max(), pool.max())) + 1
-    wanted = np.bincount(classes, minlength=num_classes) / len(classes)
-    weights = (wanted / np.maximum(np.bincount(pool, minlength=num_classes), 1))[pool]
+def class_weights(counts: Values, pool: Indices) -> Values:
+    """Weights (N,) under which a pool of classes (N,) has a mix of classes (num_classes,), whatever its sum."""
+    weights = (counts / np.maximum(np.bincount(pool, minlength=len(counts)), 1))[pool]
     normalised: Values = weights / weights.sum()
     return normalised
 
@@ -208,10 +204,14 @@ def squared_mmd(comparison: Comparison, values: Values, windows: Indices) -> Val
     points = values[:, comparison.groups["axes"]]
     inner = np.exp(-_squared_distances(points, points) / comparison.bandwidth)
     cross = np.exp(-_squared_distances(points, comparison.points) / comparison.bandwidth) @ comparison.weights
-    membership = np.zeros((len(windows), len(points)))
-    np.add.at(membership, (np.arange(len(windows))[:, None], windows), 1 / windows.shape[1])
-    within = ((membership @ inner) * membership).sum(axis=1)
-    squared: Values = np.maximum(within - 2 * membership @ cross + comparison.similarity, 0)
+    squared = np.empty(len(windows))
+    step = max(1, _CHUNK // len(points))
+    for start in range(0, len(windows), step):
+        some = windows[start : start + step]
+        membership = np.zeros((len(some), len(points)))
+        np.add.at(membership, (np.arange(len(some))[:, None], some), 1 / some.shape[1])
+        within = ((membership @ inner) * membership).sum(axis=1)
+        squared[start : start + step] = np.maximum(within - 2 * membership @ cross + comparison.similarity, 0)
     return squared
 
 

@@ -203,6 +203,7 @@ def test_inputs_are_data(make_runner: Callable[[], Runner]) -> None:
         ({"OVERRIDES": "train.learning=1"}, "train.learning"),
         ({"NAME": "../x"}, "small letters, digits and dashes"),
         ({"RECIPE": "gpu --force"}, "names in recipes/"),
+        ({"OVERRIDES": "train.lr=0.01,0.02"}, "one value for each key"),
     ):
         result = runner.attempt(step("train", "Train"), **{**nothing, **inputs})
         assert result.returncode == 2, result.stderr
@@ -234,8 +235,11 @@ def test_drift_is_filed_once_and_starts_a_retraining(
     assert (runner.checkout / "monitor/monitor.html").stat().st_size > 10_000
     for new in ("true", "false"):
         runner.execute(step("monitor", "File an issue"), BATCH="2026-11-25", **github.environment)
-        assert runner.outputs["new"] == new
-    runner.execute(step("monitor", "Start a retraining"), BATCH="2026-11-25", BRANCH="main", **github.environment)
+        assert (runner.outputs["new"], runner.outputs["started"]) == (new, "false")
+    start = {"BATCH": "2026-11-25", "BRANCH": "main", "ISSUE": runner.outputs["number"]}
+    runner.execute(step("monitor", "Start a retraining"), **start, **github.environment)
+    runner.execute(step("monitor", "File an issue"), BATCH="2026-11-25", **github.environment)
+    assert (runner.outputs["new"], runner.outputs["started"]) == ("false", "true")
     (issue,) = github.issues
     assert "estimated accuracy" in issue["body"]
     (dispatch,) = github.dispatches

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,16 @@ import pytest
 
 from tools.shared import dvc_queue
 
-_RUNNING, _SUCCESS, _FAILED, _FINISHED = 2, 3, 4, 6
+_PREPARING, _RUNNING, _SUCCESS, _FAILED, _FINISHED = 1, 2, 3, 4, 6
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[None]:
+    """A process that is named as dvc's daemons are, and works in this folder."""
+    command = [sys.executable, "-c", "input()", "dvc", "exp", "queue-worker", "dvc-exp-123456-1@localhost"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, cwd=tmp_path) as process:
+        yield
+        process.kill()
 
 
 @pytest.fixture
@@ -44,56 +54,68 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def _task(status: int, pid: int | None, returncode: int | None = None, result: str | None = None) -> None:
+def _task(status: int, pid: int | None, returncode: int | None = None, result: str | None = None) -> Path:
     folder = Path(".dvc/tmp/exps/run/abc")
     folder.mkdir(parents=True)
     content = {"name": "tried-0", "root_dir": "/folder", "status": status, "result_ref": result}
     (folder / "abc.run").write_text(json.dumps(content))
+    path = folder / "abc.json"
     if pid is not None:
-        (folder / "abc.json").write_text(json.dumps({"pid": pid, "returncode": returncode}))
-
-
-def _daemon(pid: int) -> None:
-    folder = Path(".dvc/tmp/exps/celery")
-    folder.mkdir(parents=True)
-    (folder / "dvc-exp-worker-1.json").write_text(json.dumps({"pid": pid, "returncode": None}))
+        path.write_text(json.dumps({"pid": pid, "returncode": returncode}))
+    return path
 
 
 def test_a_task_that_no_daemon_has_taken_waits() -> None:
     assert dvc_queue.look("tried-0") == dvc_queue.Task("waiting")
 
 
-def test_a_process_that_lives_runs_whatever_became_of_its_daemon(living: int, ended: int) -> None:
+def test_a_process_that_lives_runs_whatever_became_of_its_daemon(living: int) -> None:
     _task(_RUNNING, living)
-    _daemon(ended)
     task = dvc_queue.look("tried-0")
     assert (task.state, task.folder, task.process) == ("running", Path("/folder"), living)
 
 
 @pytest.mark.parametrize("status", [_RUNNING, _SUCCESS])
-def test_a_process_that_has_just_ended_is_not_lost(living: int, ended: int, status: int) -> None:
+@pytest.mark.usefixtures("daemon")
+def test_a_process_that_has_just_ended_is_not_lost(ended: int, status: int) -> None:
     """Between its end and the daemon's writing down how it ended."""
-    _task(status, ended)
-    _daemon(living)
+    path = _task(status, ended)
+    writing = threading.Timer(1.0, lambda: path.write_text(json.dumps({"pid": ended, "returncode": 0})))
+    writing.start()
     task = dvc_queue.look("tried-0")
+    writing.join()
     assert (task.state, task.process) == ("running", None)
 
 
-def test_a_process_whose_daemon_is_gone_too_is_lost(ended: int) -> None:
+@pytest.mark.usefixtures("daemon")
+def test_a_process_that_was_killed_with_its_daemon_is_lost_though_another_daemon_lives(ended: int) -> None:
     _task(_RUNNING, ended)
-    _daemon(ended)
     assert dvc_queue.look("tried-0").state == "lost"
 
 
-def test_a_task_whose_daemon_was_killed_before_it_began_is_lost(ended: int) -> None:
-    _task(1, None)
-    _daemon(ended)
+@pytest.mark.usefixtures("daemon")
+def test_a_task_whose_folder_is_being_made_runs() -> None:
+    _task(_PREPARING, None)
+    assert dvc_queue.look("tried-0").state == "running"
+
+
+def test_a_task_whose_daemon_was_killed_before_it_began_is_lost() -> None:
+    _task(_PREPARING, None)
     assert dvc_queue.look("tried-0").state == "lost"
+
+
+def test_what_a_daemon_took_in_its_last_moment_is_lost() -> None:
+    assert dvc_queue.is_lost("tried-0", "Running")
+    assert not dvc_queue.is_lost("tried-0", "Queued")
+
+
+@pytest.mark.usefixtures("daemon")
+def test_what_a_daemon_has_just_taken_is_not_lost() -> None:
+    assert not dvc_queue.is_lost("tried-0", "Running")
 
 
 def test_a_number_that_another_program_has_by_now_is_not_dvc(another: int) -> None:
     _task(_RUNNING, another)
-    _daemon(another)
     task = dvc_queue.look("tried-0")
     assert (task.state, task.process) == ("lost", None)
 

@@ -81,16 +81,35 @@ def test_an_issue_is_filed_once_for_a_key(github: Repository, page: Path, tmp_pa
         assert result.returncode == 0, result.stderr
         return output.read_text()
 
-    assert report("monday") == "number=101\nnew=true\n"
-    assert report("monday") == "number=101\nnew=false\n"
-    assert report("tuesday") == "number=101\nnew=true\n"
-    assert report("tuesday") == "number=101\nnew=false\n"
+    assert report("monday") == "number=101\nnew=true\nstarted=false\n"
+    assert report("monday") == "number=101\nnew=false\nstarted=false\n"
+    assert report("tuesday") == "number=101\nnew=true\nstarted=false\n"
+    assert report("tuesday") == "number=101\nnew=false\nstarted=false\n"
     assert (len(github.issues), len(github.comments)) == (2, 1)
     github.issues[1]["state"] = "closed"
-    assert report("monday") == report("tuesday") == "number=101\nnew=false\n", "and it stays closed"
+    assert report("monday") == report("tuesday") == "number=101\nnew=false\nstarted=false\n", "and it stays closed"
     assert "new=true" in report("wednesday")
     assert len(github.issues) == 3
     assert len(github.comments) == 1
+
+
+def test_what_could_not_be_started_is_started_later_and_once(github: Repository, page: Path, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+
+    def started() -> str:
+        words = ("issue", page, "--title", "Drift", "--label", "drift", "--key", "monday")
+        assert call(github, *words, GITHUB_OUTPUT=str(output)).returncode == 0
+        return output.read_text().splitlines()[-1]
+
+    start = ("dispatch", "train.yml", "batch=monday", "--issue", "100", "--key", "monday")
+    assert started() == "started=false"
+    github.failures = [502]
+    assert call(github, *start).returncode == 1
+    assert started() == "started=false", "the issue is there, the retraining is not"
+    assert call(github, *start).returncode == 0
+    assert started() == "started=true"
+    assert len(github.dispatches) == 1
+    assert call(github, *start[:-2]).returncode == 2
 
 
 def test_a_pull_request_is_opened_once(github: Repository, page: Path) -> None:

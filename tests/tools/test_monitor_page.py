@@ -30,7 +30,7 @@ def report(**changes: Any) -> dict[str, Any]:
         "interval": [0.55, 0.67],
         "clean_accuracy": 0.9,
         "max_drop": 0.05,
-        "label_shift": {"detected": True, "p_value": 0.003},
+        "label_shift": {"detected": True, "p_value": 0.003, "accounted_for": True},
         "moved": [
             {"measure": "colour_noise", "shift": 1.5, "evidence": 12.25},
             {"measure": "haze", "shift": -0.25, "evidence": 0.5},

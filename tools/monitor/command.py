@@ -158,12 +158,23 @@ def as_json(judgement: Judgement, detector: Detector, num_images: int) -> dict[s
         "clean_accuracy": round(spec.baselines.accuracy, 4),
         "estimated_drop": round(judgement.drop, 4),
         "max_drop": spec.max_drop,
-        "label_shift": {"detected": judgement.class_shift, "p_value": judgement.class_p_value},
+        "label_shift": {
+            "detected": judgement.class_shift,
+            "p_value": judgement.class_p_value,
+            "accounted_for": judgement.same_mix,
+        },
         "moved": [
             {"measure": moved.name, "shift": round(moved.shift, 3), "evidence": round(moved.evidence, 2)}
             for moved in judgement.moved[:8]
         ],
     }
+
+
+def what_shift_means(report: dict[str, Any]) -> str:
+    """What a label shift beside image drift may be."""
+    if report["label_shift"]["accounted_for"]:
+        return "which the drift may have caused"
+    return "and may be all of the drift: there are too few clean images of these classes to compare with"
 
 
 def in_words(report: dict[str, Any]) -> str:
@@ -179,7 +190,7 @@ def in_words(report: dict[str, Any]) -> str:
     ]
     shift = report["label_shift"]
     if shift["detected"]:
-        why = "" if report["status"] == "ok" else ", which the drift may have caused"
+        why = "" if report["status"] == "ok" else f", {what_shift_means(report)}"
         lines.append(f"  label shift: the mix of predicted classes changed (p = {shift['p_value']:.4f}){why}")
     if report["num_tested"] < report["num_images"]:
         lines.append(f"  {report['num_tested']} of the images were compared")

@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from tools.monitor.command import what_shift_means
+
 _COLOURS = {"ok": "#1a7f37", "benign": "#9a6700", "harmful": "#cf222e"}
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1f2328 }
@@ -71,7 +73,8 @@ def page(report: dict[str, Any], pictures: Sequence[NDArray[np.uint8]]) -> str:
 def _classes(report: dict[str, Any]) -> str:
     shift = report["label_shift"]
     said = "another mix than on clean images (label shift)" if shift["detected"] else "the mix of clean images"
-    return f"{said}, p = {shift['p_value']:.4f}"
+    means = f"; {what_shift_means(report)}" if shift["detected"] and report["status"] != "ok" else ""
+    return f"{said}, p = {shift['p_value']:.4f}{means}"
 
 
 def _scale(report: dict[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 from stages.core.detector import Detector, Judgement
 from stages.core.errors import InputError
 from stages.core.features import Extractor
-from stages.core.production import ImageFile, is_image_name, printable, read_images
+from stages.core.production import ImageFile, is_image_name, lines_of_stdin, printable, read_images
 
 _POLL_SECONDS = 0.5
 _SETTLED_SECONDS = 0.5  # a file that was written to later may be unfinished
@@ -105,17 +107,25 @@ def growing_folder(folder: Path, idle: float | None) -> Iterator[ImageFile]:
     if not folder.is_dir():
         raise InputError(f"{folder}: a stream needs a folder that grows, or - for paths on stdin")
     seen: set[Path] = set()
+    growing: dict[Path, tuple[int, int, float]] = {}  # modification time, size, and since when they are so
     last = time.monotonic()
     while True:
-        now = time.time()
+        now = time.monotonic()
         fresh = []
-        for path in folder.rglob("*"):
-            if path not in seen and is_image_name(path.relative_to(folder).as_posix()) and path.is_file():
-                modified = path.stat().st_mtime
-                if now - modified >= _SETTLED_SECONDS:
-                    fresh.append((modified, path))
+        for path, modified, size in _image_files(folder):
+            if path in seen:
+                continue
+            known = growing.get(path)
+            if known is None or known[:2] != (modified, size):
+                # What was written to long ago is whole; a clock that is ahead says nothing.
+                age = time.time() - modified / 1e9
+                since = now - age if age > 0 else now
+                known = growing[path] = (modified, size, since)
+            if now - known[2] >= _SETTLED_SECONDS:
+                fresh.append((modified, path))
         for _, path in sorted(fresh):
             seen.add(path)
+            del growing[path]
             yield ImageFile(str(path), path.read_bytes)
         if fresh:
             last = time.monotonic()
@@ -125,12 +135,25 @@ def growing_folder(folder: Path, idle: float | None) -> Iterator[ImageFile]:
             time.sleep(_POLL_SECONDS)
 
 
+def _image_files(folder: Path) -> Iterator[tuple[Path, int, int]]:
+    """Image files below a folder, with modification time (ns) and size (bytes), while others remove some."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = Path(parent, name)
+            if is_image_name(path.relative_to(folder).as_posix()):
+                try:
+                    info = path.stat()
+                except OSError:
+                    continue
+                if stat.S_ISREG(info.st_mode):
+                    yield path, info.st_mtime_ns, info.st_size
+
+
 def paths_from_stdin() -> Iterator[ImageFile]:
     """Images named on stdin, one path a line, until it ends."""
-    for line in sys.stdin:
-        if line.strip():
-            path = Path(line.rstrip("\n"))
-            yield ImageFile(str(path), path.read_bytes)
+    for line in lines_of_stdin():
+        path = Path(line)
+        yield ImageFile(str(path), path.read_bytes)
 
 
 def open_stream(places: list[str], idle: float | None) -> Iterator[ImageFile]:

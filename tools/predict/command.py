@@ -27,7 +27,15 @@ from stages.core import onnx_model
 from stages.core.errors import InputError
 from stages.core.output import write_text
 from stages.core.parallel import read_ahead
-from stages.core.production import ImageFile, Window, find_images, is_image_name, printable, read_images
+from stages.core.production import (
+    ImageFile,
+    Window,
+    find_images,
+    is_image_name,
+    lines_of_stdin,
+    printable,
+    read_images,
+)
 from stages.core.runtime import num_cpus
 from tools.predict.formats import FORMATS, Guess, Prediction
 from tools.shared.process import run_tool
@@ -98,9 +106,8 @@ def find_files(places: Iterable[str], tell: Callable[[str, str], None]) -> Itera
     """
     for place in places:
         if place == "-":
-            for line in sys.stdin:
-                if name := line.rstrip("\r\n"):
-                    yield ImageFile(name, Path(name).read_bytes)
+            for name in lines_of_stdin():
+                yield ImageFile(name, Path(name).read_bytes)
             continue
         for expanded in [place] if os.path.lexists(place) else _expand(place):
             try:

@@ -32,6 +32,11 @@ def judge(windows: Sequence[Window], folder: Path, name: str) -> int:
         command += ["--classifier", str(places["classifier"]), "--detector", str(places["drift"])]
         ended = process.run(command)
         if ended.returncode not in EXIT_STATUS.values():
+            if ended.returncode < 0:  # the kernel's out-of-memory killer leaves no words
+                raise InputError(
+                    f"--monitor: no verdict: the monitor was ended by signal {-ended.returncode} (out of memory?); the "
+                    "predictions are not affected"
+                )
             said = ended.stderr.strip().removeprefix("monitor: error: ").replace(str(images), "these images")
             raise InputError(f"--monitor: no verdict: {said}; the predictions are not affected")
         report: dict[str, Any] = json.loads(report_file.read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -13,6 +14,7 @@ from stages.core.errors import InputError
 from tools.registry.versions import resolve
 from tools.shared.commands import git
 
+_OF_THIS_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 _CACHE = Path(".dvc/tmp/models")  # <commit>/<folder>; removing it costs the next call a copy
 
 
@@ -59,6 +61,8 @@ def fetch(commit: str, paths: list[str], folder: Path, called: str | None = None
             found = files.find(path, detail=True) if is_folder else {path: files.info(path)}
             files.get(path, str(folder / path), recursive=is_folder)
         except (DvcException, DataIndexError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in _OF_THIS_MACHINE:
+                raise  # a full disk, say: nothing is missing
             if not any(path == output or path.startswith(f"{output}/") for output in _outputs(commit)):
                 raise InputError(_has_no(called, path, commit)) from None  # in its dvc.yaml, but never made
             where = f"nor on the remote {remote}" if remote else "and no remote is configured"

@@ -9,7 +9,8 @@ commit, and a version in the registry) if it wins back most of what was lost, lo
 the monitor no longer calls the drift harmful. Otherwise the workspace, the branch and the tags stay as they are.
 docs/RETRAINING.md explains.
 
-Exit status: 0 promoted, or nothing to do; 1 not promoted; 2 bad input. Killed at any point: run the same command again.
+Exit status: 0 promoted, or nothing to do; 1 not promoted, or the experiment failed; 2 bad input. Killed at any point:
+run the same command again.
 """
 
 from __future__ import annotations
@@ -45,7 +46,6 @@ _WEIGHTS = re.compile(r"retrain/weights-[0-9a-f]{16}\.safetensors$")  # a copy t
 
 def main(arguments: argparse.Namespace) -> int:
     """Ask the monitor, and do what its verdict asks for."""
-    params = load_params(Params)
     simulated = simulation(arguments.simulate) if arguments.simulate else None
     # What the command is about: a promotion that was broken off is this command's, or another one's.
     summary: dict[str, Any] = {
@@ -62,6 +62,7 @@ def main(arguments: argparse.Namespace) -> int:
                 return _report(arguments, finished)
             experiment.forget_promotion()
         head = experiment.check_repository()
+        params = load_params(Params)  # not before: a promotion that was broken off may have left half of the file
         with _labelled_images(arguments.labels, simulated, params, scratch) as images:
             verdict = _ask_monitor(arguments.images, scratch)
             summary["monitor"] = verdict
@@ -113,7 +114,7 @@ def _retrain(
         new = scratch / "new"
         experiment.fetch(commit, [CLASSIFIER, DETECTOR], new)
     except experiment.ExperimentError as error:
-        return summary | {"decision": "not promoted", "reason": str(error)}
+        return summary | {"decision": "failed", "reason": str(error)}
 
     clean_after, drifted_after = trial.top1(new / CLASSIFIER)
     found = Accuracies(clean, clean_after, drifted, drifted_after, len(trial.clean.labels), len(trial.drifted.labels))
@@ -269,12 +270,12 @@ def _report(arguments: argparse.Namespace, summary: dict[str, Any]) -> int:
     """Say and write what came of it; returns the exit status."""
     decision = summary["decision"]
     tag = f" as {summary['tag']}" if summary.get("tag") else ""
-    kept = "; the model at work stays" if decision == "not promoted" else ""
+    kept = "; the model at work stays" if decision in ("not promoted", "failed") else ""
     print(f"retrain: {decision}{tag}: {summary['reason']}{kept}", flush=True)
     if arguments.json:
         write_json(Path(arguments.json), summary)
     experiment.forget_promotion()
-    return 1 if decision == "not promoted" else 0
+    return 1 if decision in ("not promoted", "failed") else 0
 
 
 def _parse() -> argparse.Namespace:

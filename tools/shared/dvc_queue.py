@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,10 @@ from stages.core.errors import InputError
 from tools.shared.commands import environment
 
 _TASKS = Path(".dvc/tmp/exps/run")
-_DAEMONS = Path(".dvc/tmp/exps/celery")
+_SEEN_SECONDS = 3.0  # for a daemon to write down how a process ended, on a machine with other work
 _FAILED, _CANCELED, _FINISHED = 4, 5, 6  # dvc.repo.experiments.executor.base.TaskStatus; 2 is running
 
-State = Literal[
-    "waiting", "running", "succeeded", "failed", "lost"
-]  # lost: killed, and no daemon lives that would say so
+State = Literal["waiting", "running", "succeeded", "failed", "lost"]  # lost: killed, and no daemon will say so
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def start_workers(count: int, trust: bool = True) -> None:
 
     dvc asks the daemons, which takes seconds; with `trust`, those whose process lives need not be asked.
     """
-    if not trust or len(_daemons()) < count:
+    if not trust or _num_daemons() < count:
         _dvc("queue", "start", "--jobs", str(count))
 
 
@@ -73,7 +72,7 @@ def look(name: str) -> Task:
         state = "succeeded" if info["result_ref"] else "failed"
     elif info["status"] in (_FAILED, _CANCELED) or process.get("returncode"):
         state = "failed"
-    elif pid is None and not _daemons():  # which begin a process, and write down how it ended
+    elif pid is None and _is_lost(path.with_suffix(".json")):
         state = "lost"
     return Task(state, Path(info["root_dir"]), pid, path.with_suffix(".out"))
 
@@ -82,6 +81,17 @@ def listed() -> dict[str, str]:
     """`Queued`, `Running`, `Success` or `Failed`, by name, as `dvc queue status` has it."""
     rows = re.findall(r"^[0-9a-f]{7} +(\S+) .* (\w+) *$", _dvc("queue", "status"), flags=re.MULTILINE)
     return dict(rows)
+
+
+def is_lost(name: str, listed_as: str) -> bool:
+    """Whether an experiment that dvc lists so will never end.
+
+    dvc says `Running` for ever of those that were killed with it, and of those that a daemon takes in its last moment.
+    """
+    if listed_as != "Running":
+        return False
+    state = look(name).state
+    return state == "lost" or (state == "waiting" and _num_daemons() == 0)
 
 
 def stop(name: str, kill: bool = False) -> bool:
@@ -114,6 +124,9 @@ def forget(study: str) -> None:
     """Remove what dvc keeps of ended experiments that are named after a study and a number."""
     named = re.compile(rf"{re.escape(study)}-\d+")
     known = listed()
+    if lost := [name for name, state in known.items() if named.fullmatch(name) and is_lost(name, state)]:
+        _dvc("queue", "kill", *lost, check=False)  # so they become failed ones
+        known = listed()
     if ended := [name for name, state in known.items() if named.fullmatch(name) and state in ("Success", "Failed")]:
         _dvc("queue", "remove", *ended)
         known = listed()
@@ -163,12 +176,28 @@ def number_in(text: str, key: Sequence[str], where: str) -> float:
     return float(content)
 
 
-def _daemons() -> list[int]:
-    """The process numbers of the daemons that live."""
-    found = [_json(path) for path in _DAEMONS.glob("dvc-exp-worker-*.json")]
-    return [
-        info["pid"] for info in found if info.get("returncode") is None and info.get("pid") and _is_dvc(info["pid"])
-    ]
+def _is_lost(path: Path) -> bool:
+    """Whether nobody will say how a task ended that has no process (any more), whose `*.json` would be `path`.
+
+    A daemon first makes a folder, then the process; and writes down how that ended as soon as it has seen it.
+    """
+    if _num_daemons() == 0:
+        return True
+    if not path.exists():
+        return False
+    time.sleep(_SEEN_SECONDS)
+    return _json(path).get("returncode") is None
+
+
+def _num_daemons() -> int:
+    """How many daemons of this repository live."""
+    here, count = Path.cwd(), 0
+    for process in psutil.process_iter():
+        try:
+            count += "queue-worker" in process.cmdline() and Path(process.cwd()).is_relative_to(here)
+        except psutil.Error:  # ended meanwhile, or not ours
+            continue
+    return count
 
 
 def _is_dvc(pid: int) -> bool:

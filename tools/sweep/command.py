@@ -68,7 +68,7 @@ def main(arguments: argparse.Namespace) -> int:
     check_metric(question.metric)
     is_new = not (studies.FOLDER / name / "study.db").exists()
     with locked(name) as lock, stop_requests() as stop:
-        _check_queue(name, is_new)
+        check_queue(name, is_new)
         study = studies.open_study(name, question, base, arguments.seed, arguments.startup)
         sweep = Sweep(arguments, study, question, target, lock)
         print(f"sweep: study {name}, {len(studies.counted(study))} of {arguments.trials} trials are there", flush=True)
@@ -76,9 +76,16 @@ def main(arguments: argparse.Namespace) -> int:
         return sweep.report()
 
 
-def _check_queue(name: str, is_new: bool) -> None:
-    listed = dvc_queue.listed()
-    others = [n for n, s in listed.items() if s in ("Queued", "Running") and (is_new or not n.startswith(f"{name}-"))]
+def check_queue(name: str, is_new: bool) -> None:
+    """InputError where what is in dvc's queue keeps a study from beginning, or from going on."""
+    ours = re.compile(rf"{re.escape(name)}-\d+")
+    others = [
+        other
+        for other, state in dvc_queue.listed().items()
+        if state in ("Queued", "Running")
+        and (is_new or not ours.fullmatch(other))
+        and not dvc_queue.is_lost(other, state)
+    ]
     if others:
         raise InputError(
             f"the queue holds other experiments ({', '.join(others[:3])}), which this sweep's workers would run too; "
@@ -86,10 +93,10 @@ def _check_queue(name: str, is_new: bool) -> None:
         )
     if not is_new:
         return
-    if old := dvc_queue.experiments(f"{name}-[0-9]*"):
+    if old := sorted(filter(ours.fullmatch, dvc_queue.experiments(f"{name}-[0-9]*"))):
         raise InputError(
-            f"experiments of an earlier study {name} are here ({', '.join(sorted(old)[:3])}), but not its record; "
-            f"use another --study, or remove them (dvc exp remove {' '.join(sorted(old)[:3])} ...)"
+            f"experiments of an earlier study {name} are here ({', '.join(old[:3])}), but not its record; "
+            f"use another --study, or remove them (dvc exp remove {' '.join(old[:3])} ...)"
         )
     dvc_queue.forget(name)
 

@@ -158,6 +158,13 @@ class Sweep:
             run.nudged = time.monotonic()
             if run.pruned:
                 dvc_queue.stop(run.name)
+            elif dvc_queue.is_lost(run.name, dvc_queue.listed().get(run.name, "")):
+                studies.give_up(self.study, run.trial, "a daemon of dvc took it, and ended", again=True)
+                print(
+                    f"sweep: {run.name} was taken by a daemon of dvc that was just ending; it is tried again",
+                    flush=True,
+                )
+                return True
             else:
                 dvc_queue.start_workers(self.arguments.workers, trust=False)
         elif task.state == "running" and task.folder is not None and not run.pruned:

@@ -10,17 +10,19 @@ from typing import get_args
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from scipy import stats
 
 from stages.core import detector as detectors
-from stages.core.damage import damage_inputs, fit_damage
+from stages.core.damage import damage_inputs, fit_confusion, fit_damage
 from stages.core.detector import Detector, SizedDamage, Status, nearest_size, verdict
 from stages.core.errors import InputError
 from stages.core.features import Features
 from stages.core.image_statistics import STATISTICS
-from stages.core.measures import OUTPUTS
-from tests.synthetic import NUM_CLASSES, classes_of, detector, features
+from stages.core.measures import OUTPUTS, fit_projection
+from stages.core.two_sample import population_of
+from tests.synthetic import CENTRES, NUM_CLASSES, classes_of, detector, features
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,7 @@ def test_sorted_images_are_a_shift_of_classes_and_no_drift(calm: Detector) -> No
     for label in range(NUM_CLASSES):
         judgement = calm.judge(features(40, 60 + label, classes=np.full(40, label)), None)
         assert judgement.class_shift
+        assert judgement.same_mix
         assert judgement.class_p_value == pytest.approx(1 / 1000)
         assert judgement.status == "ok"
         assert 30 <= judgement.num_tested <= 40
@@ -90,14 +93,42 @@ def test_matched_p_values_keep_their_level(calm: Detector) -> None:
     assert low <= sum(p_value <= 0.2 for p_value in p_values) <= high
 
 
+def test_what_is_predicted_wrong_is_no_drift_when_the_mix_is_another() -> None:
+    """In a window of one class, the images predicted as others are not as those classes are."""
+    reference, threshold = _blurred(400, 1), _blurred(1200, 2)
+    projection = fit_projection(reference, 4)
+    labels = classes_of(1200, 2)
+    base = detector()
+    spec = base.spec.model_copy(update={"confusion": fit_confusion(threshold.logits, labels), "null_windows": 199})
+    judge = detectors.build(spec, projection, population_of(threshold, projection), labels)
+    p_values = []
+    for seed in range(100):
+        window = judge.population(_blurred(50, 500 + seed, np.full(50, seed % NUM_CLASSES)))
+        matched = judge.matched_p_value(window)
+        assert matched is not None
+        p_values.append(matched[0])
+    assert sum(p_value <= 0.05 for p_value in p_values) <= stats.binom.ppf(0.9995, 100, 0.05)
+
+
+def _blurred(count: int, seed: int, classes: NDArray[np.int64] | None = None) -> Features:
+    """Features of classes so close to each other that a third is predicted wrong."""
+    rng = np.random.default_rng([seed, 7])
+    classes = classes_of(count, seed) if classes is None else classes
+    embedding = CENTRES[classes] + 1.7 * rng.normal(size=(count, CENTRES.shape[1]))
+    logits = -0.25 * ((embedding[:, None] - CENTRES) ** 2).sum(axis=2)
+    looks = rng.normal(size=(count, len(STATISTICS)))
+    return Features(*(values.astype(np.float32) for values in (logits, embedding, looks)))
+
+
 def test_without_enough_clean_images_of_its_classes_a_window_has_no_match(calm: Detector) -> None:
     rare = calm.threshold.classes == 3
     few = calm.threshold.rows(np.concatenate([np.flatnonzero(~rare), np.flatnonzero(rare)[:6]]))
-    judge = detectors.build(calm.spec, calm.projection, few)
+    judge = detectors.build(calm.spec, calm.projection, few, few.classes)
     window = features(30, 300, classes=np.full(30, 3))
     assert judge.matched_p_value(judge.population(window)) is None
     judgement = judge.judge(window, None)
     assert judgement.class_shift
+    assert not judgement.same_mix
     assert judgement.num_tested == 30
 
 
@@ -105,7 +136,7 @@ def test_a_large_window_of_a_rare_class_is_compared_with_the_few_of_its_like(cal
     """Fewer than a quarter of the window match; against all classes it would be taken for drift."""
     rare = calm.threshold.classes == 3
     few = calm.threshold.rows(np.concatenate([np.flatnonzero(~rare), np.flatnonzero(rare)[:30]]))
-    judge = detectors.build(calm.spec, calm.projection, few)
+    judge = detectors.build(calm.spec, calm.projection, few, few.classes)
     for seed in range(5):
         judgement = judge.judge(features(80, 300 + seed, classes=np.full(80, 3)), None)
         assert judgement.class_shift
@@ -155,7 +186,7 @@ def test_the_class_mix_of_the_largest_clean_windows_is_no_shift() -> None:
     for seed in range(10):
         judge = detector(null_windows=499)
         threshold = judge.population(features(400, 700 + seed))
-        judge = detectors.build(judge.spec, judge.projection, threshold)
+        judge = detectors.build(judge.spec, judge.projection, threshold, threshold.classes)
         fresh = judge.population(features(2000, 800 + seed)).classes
         alarms += [judge.class_p_value(window) <= 0.05 for window in fresh.reshape(20, 100)]
     assert np.mean(alarms) <= stats.binom.ppf(0.9995, 200, 0.05) / 200

@@ -100,6 +100,17 @@ def test_the_embedding_of_a_model_with_two_heads_is_what_the_first_sees() -> Non
     assert not any(part._forward_pre_hooks for part in network.modules())
 
 
+def test_the_embedding_of_a_model_with_branches_is_what_all_their_heads_see() -> None:
+    network: Any = timm.create_model("crossvit_tiny_240", num_classes=5).eval()
+    names = [str(label) for label in range(5)]
+    spec = ModelSpec(
+        architecture="crossvit_tiny_240", classes=names, class_ids=names, image_size=240, mean=MEAN, std=STD
+    )
+    seen = Extractor(network, spec, Policy(torch.float32, False), CPU).features(clouds(2, 32, 32))
+    assert seen.embedding.shape == (2, sum(head.in_features for head in network.get_classifier()))
+    assert not any(part._forward_pre_hooks for part in network.modules())
+
+
 def test_rows_keep_together() -> None:
     found = extractor().features(clouds(6, 32, 32))
     some = found.rows(np.array([4, 1]))
