@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tarfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,7 @@ from stages.core.corruptions import corrupt
 from stages.core.errors import InputError
 from tests.helpers import encoded, run, set_params, start, truncated, wait_until
 from tools.monitor import command as monitor
-from tools.monitor.stream import stream_alpha
+from tools.monitor.stream import growing_folder, stream_alpha
 
 
 @pytest.fixture
@@ -225,6 +228,43 @@ def test_images_at_the_end_that_fill_no_window_are_counted(production: Path, rep
         assert ended.returncode in (0, 10, 20)
         assert ended.stdout.count("\nwindow ") == 1
         assert ended.stderr == (f"monitor: {said} no window of 4; not judged\n" if said else "")
+
+
+def test_a_folder_is_watched_whatever_its_clock_says_and_whoever_removes_some(
+    production: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    growing = tmp_path / "growing"
+    for hour in ("1", "2"):
+        shutil.copytree(production, growing / hour, ignore=lambda _, names: sorted(names)[3:])
+    for hour, seconds in (("1", 10_000), ("2", -10_000)):  # from now
+        for path in (growing / hour).iterdir():
+            os.utime(path, (time.time() + seconds,) * 2)
+    found = growing_folder(growing, idle=1.0)
+    assert {Path(next(found).name).parent.name for _ in range(3)} == {"2"}
+    walk = os.walk
+
+    def walk_late(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+        for parent, folders, names in walk(folder):
+            if Path(parent).name == "1" and len(names) == 3:
+                (Path(parent) / names[0]).unlink()  # listed, and gone
+            yield parent, folders, names
+
+    monkeypatch.setattr(os, "walk", walk_late)
+    assert [Path(file.name).parent.name for file in found] == ["1", "1"]
+
+
+def test_nul_between_paths_is_refused_with_what_to_do(production: Path, repository: Path) -> None:
+    given = "\0".join(map(str, sorted(production.iterdir())))
+    for command in (
+        ["tools.monitor", "-", "--stream", "--window", "4", "--run-length", "400"],
+        ["tools.predict", "-", "--model", "models/onnx"],
+    ):
+        ended = subprocess.run(
+            [sys.executable, "-m", *command], input=given, cwd=repository, capture_output=True, text=True
+        )
+        assert ended.returncode == 2, ended.stderr
+        assert "leave -print0 out" in ended.stderr
+        assert "Traceback" not in ended.stderr
 
 
 def test_a_growing_folder_is_watched(production: Path, repository: Path, tmp_path: Path) -> None:

@@ -119,6 +119,8 @@ def test_what_is_left_out_is_only_told_when_something_is() -> None:
 
 
 def test_no_pictures_and_nothing_moved() -> None:
+    alone = {"detected": True, "p_value": 0.003, "accounted_for": False}
+    assert "too few clean images of these classes" in page(report(images=[], moved=[], label_shift=alone), [])
     found = read(page(report(images=[], moved=[], label_shift={"detected": False, "p_value": 0.5}), []))
     assert "img" not in found.tags
     assert "the mix of clean images, p = 0.5000" in found.text

@@ -333,12 +333,8 @@ def test_a_killed_dvc_leaves_no_overrides_behind(repository: Path, monkeypatch: 
                 assert state(repository) == before
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("at", ["before", "half-written", "merged", "tagged"])
-def test_a_promotion_that_was_broken_off_is_finished(
-    at: str, repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(repository)
+def break_off(repository: Path, at: str, facts: dict[str, Any]) -> str:
+    """Leave a promotion as it is when it is killed at some point; returns the commit that was to be promoted."""
     head = run(repository, "git", "rev-parse", "HEAD").stdout.strip()
     set_params(repository / "params.yaml", {"evaluate.num_bins": 10})
     run(repository, "dvc", "repro", "evaluate")
@@ -348,19 +344,30 @@ def test_a_promotion_that_was_broken_off_is_finished(
     commit = run(repository, "git", "rev-parse", "HEAD").stdout.strip()
     run(repository, "git", "reset", "-q", "--hard", head)
     whole = run(repository, "git", "show", f"{commit}:params.yaml").stdout
+    (repository / ".dvc/tmp/retrain").mkdir(parents=True, exist_ok=True)
+    (repository / ".dvc/tmp/retrain/promotion.json").write_text(
+        json.dumps({"head": head, "commit": commit, "facts": facts})
+    )
+    if at == "half-written":
+        (repository / "params.yaml").write_text(whole[: len(whole) // 2])
+        (repository / "new.txt").write_text("added by")
+        (repository / "dvc.lock").unlink()
+    elif at != "before":
+        run(repository, "git", "merge", "--ff-only", "-q", commit)
+    if at == "tagged":
+        run(repository, "gto", "register", "classifier", commit)
+    return commit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", ["before", "half-written", "merged", "tagged"])
+def test_a_promotion_that_was_broken_off_is_finished(
+    at: str, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(repository)
+    facts = {"experiment": "retrain-x"}
+    commit = break_off(repository, at, facts)
     with experiment.only_run():
-        facts = {"experiment": "retrain-x"}
-        (repository / ".dvc/tmp/retrain/promotion.json").write_text(
-            json.dumps({"head": head, "commit": commit, "facts": facts})
-        )
-        if at == "half-written":
-            (repository / "params.yaml").write_text(whole[: len(whole) // 2])
-            (repository / "new.txt").write_text("added by")
-            (repository / "dvc.lock").unlink()
-        elif at != "before":
-            run(repository, "git", "merge", "--ff-only", "-q", commit)
-        if at == "tagged":
-            run(repository, "gto", "register", "classifier", commit)
         assert experiment.finish_promotion() == facts | {"commit": commit, "tag": "classifier@v0.0.1"}
         assert experiment.finish_promotion() == facts | {"commit": commit, "tag": "classifier@v0.0.1"}
         experiment.forget_promotion()
@@ -369,6 +376,19 @@ def test_a_promotion_that_was_broken_off_is_finished(
     assert run(repository, "git", "tag").stdout.split() == ["classifier@v0.0.1"]
     assert run(repository, "git", "status", "--porcelain").stdout == ""
     assert run(repository, "dvc", "status", "train", "evaluate").stdout.strip() == "Data and pipelines are up to date."
+
+
+@pytest.mark.slow
+def test_the_same_command_finishes_a_promotion_that_left_half_of_params_yaml(repository: Path, tmp_path: Path) -> None:
+    command = retrain_command(tmp_path / "images", tmp_path / "labels", tmp_path / "summary.json")
+    asked = {"images": str(tmp_path / "images"), "labels": str(tmp_path / "labels"), "simulate": None}
+    facts = {**asked, "start": "current", "experiment": "retrain-x", "decision": "promoted", "reason": "it is better"}
+    commit = break_off(repository, "half-written", facts)
+    result = run(repository, *command)
+    assert "the promotion of retrain-x, which was broken off, is finished" in result.stdout
+    assert json.loads((tmp_path / "summary.json").read_text())["commit"] == commit
+    assert run(repository, "git", "rev-parse", "HEAD").stdout.strip() == commit
+    assert run(repository, "git", "status", "--porcelain").stdout == ""
 
 
 def test_a_file_that_somebody_changed_meanwhile_is_not_overwritten(
@@ -567,6 +587,20 @@ def test_a_recovery_that_fails_leaves_everything_as_it_was(own: Path, at_work: P
     assert summary["reason"] in result.stdout
     assert "commit" not in summary
     assert "tag" not in summary
+
+
+@pytest.mark.slow
+def test_an_experiment_whose_stage_breaks_is_a_failure_and_no_verdict(own: Path, at_work: Path, tmp_path: Path) -> None:
+    stage, begins = own / "stages/export.py", "from __future__ import annotations\n"
+    stage.write_text(stage.read_text().replace(begins, f"{begins}\nraise RuntimeError('broken')\n"))
+    run(own, "git", "commit", "-qam", "A stage that breaks")
+    before = state(own)
+    command = retrain_command(at_work / "drifted", at_work / "labels", tmp_path / "summary.json")
+    result = run(own, *command, check=False)
+    assert result.returncode == 1, result.stderr
+    assert json.loads((tmp_path / "summary.json").read_text())["decision"] == "failed"
+    assert "the model at work stays" in result.stdout
+    assert state(own) == before
 
 
 @pytest.mark.slow
