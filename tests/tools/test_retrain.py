@@ -41,7 +41,7 @@ from tests.helpers import (
     write_files,
 )
 from tools.retrain import experiment, labelled
-from tools.retrain.judgement import Accuracies, objection
+from tools.retrain.judgement import Accuracies, doubt, objection
 from tools.retrain.params import Params, RetrainParams
 
 LIMITS = Limits(files=10_000, total_bytes=10**9, ratio=200)
@@ -72,6 +72,17 @@ def test_a_model_is_promoted_if_it_wins_back_enough_and_loses_little(
     else:
         assert reason is not None
         assert re.search(why, reason)
+
+
+@pytest.mark.parametrize(
+    ("status", "high", "refused"),
+    [("harmful", 0.84, True), ("harmful", 0.86, False), ("benign", 0.84, False), ("ok", 0.84, False)],
+)
+def test_the_monitor_forbids_a_promotion_where_even_the_upper_end_is_harm(
+    status: str, high: float, refused: bool
+) -> None:
+    verdict = {"status": status, "interval": [0.7, high], "clean_accuracy": 0.9, "max_drop": 0.05}
+    assert (doubt(verdict) is not None) == refused
 
 
 # --- labelled images ----------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def _retrain(
     scratch: Path,
 ) -> dict[str, Any]:
     """Run the experiment, judge its model, promote it or leave everything as it was. Returns the whole summary."""
-    from tools.retrain.judgement import Accuracies, Trial, objection
+    from tools.retrain.judgement import Accuracies, Trial, doubt, objection
 
     num_train, num_held_out = images.count("train"), images.count("val")
     summary["labelled"] = {
@@ -133,17 +133,16 @@ def _retrain(
         reason = f"the monitor refuses the new model and its reference: {error}"
         return summary | {"decision": "not promoted", "reason": reason}
     summary["confirmation"] = confirmation
-    if confirmation["status"] == "harmful":
-        reason = (
-            f"the monitor still calls the drift harmful with the new model and its reference: {_numbers(confirmation)}"
-        )
-        return summary | {"decision": "not promoted", "reason": reason}
+    if reason := doubt(confirmation):
+        return summary | {"decision": "not promoted", "reason": f"{reason}: {_numbers(confirmation)}"}
 
     reason = (
         f"{found.recovered:.0%} of the lost accuracy is back: top-1 {found.drifted_before:.4f} to "
         f"{found.drifted_after:.4f} on held-out drifted images, {found.clean_before:.4f} to {found.clean_after:.4f} on "
         f"clean ones; the monitor says {confirmation['status']}"
     )
+    if confirmation["status"] == "harmful":
+        reason += f", but {confirmation['num_images']} images leave it open whether it is: {_numbers(confirmation)}"
     message = f"Retrain on drifted images\n\n{reason}.\nExperiment {name}, images of {Path(images.origin).name}."
     try:
         return experiment.promote(head, commit, message, summary | {"decision": "promoted", "reason": reason})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,6 +83,19 @@ class Trial:
             predicted = inference.predict(network, batches, policy).argmax(dim=1)
             found.append((predicted == torch.from_numpy(split.labels)).double().mean().item())
         return found[0], found[1]
+
+
+def doubt(confirmation: dict[str, Any]) -> str | None:
+    """Why the monitor's verdict with the new model forbids to promote it, or None.
+
+    Only where even the upper end of the estimate's interval is harm: the labelled images have told how good the model
+    is, and what is asked here is whether they are of the kind that production sees.
+    """
+    _, high = confirmation["interval"]
+    limit = confirmation["clean_accuracy"] - confirmation["max_drop"]
+    if confirmation["status"] == "harmful" and high < limit:
+        return "the monitor still calls the drift harmful with the new model and its reference"
+    return None
 
 
 def objection(found: Accuracies, params: RetrainParams) -> str | None:
