@@ -54,8 +54,7 @@ from stages.core.two_sample import (
 DETECTOR = Path("models/drift")
 Status = Literal["ok", "benign", "harmful"]
 LARGEST_SHARE = 0.25  # of the threshold images that a window may have
-_MATCHED_SHARE = 0.25  # of a window whose class mix has shifted, that must have its like among clean images,
-_MATCHED_IMAGES = 10  # or so many
+_MATCHED_IMAGES = 10  # of a window whose class mix has shifted, that must have their like among clean images, or all
 _EXCEEDANCES = 10  # clean windows at or beyond the threshold, at least
 SMALLEST_WINDOW = 2  # images that anything can be said of
 
@@ -169,7 +168,7 @@ class Detector:
         # Half of the clean images of a class at most, so that the rest can be compared with.
         expected = shares[:, window.classes[kept]].sum(axis=1)
         number = int(min(1.0, (there / 2 / np.maximum(expected, 1e-9))[there > 0].min()) * len(kept))
-        if number < max(SMALLEST_WINDOW, min(_MATCHED_IMAGES, _MATCHED_SHARE * len(window))):
+        if number < min(_MATCHED_IMAGES, len(window)):
             return None
         some = window.rows(np.sort(rng.permutation(kept)[:number]))
         count = self.num_windows(alpha or self.spec.alpha)

@@ -63,8 +63,8 @@ def test_sizes_are_those_that_a_quarter_and_a_half_allow(threshold: int, check: 
 
 def test_a_large_set_is_not_all_held_in_memory() -> None:
     parts = split(50_000, np.random.default_rng(0))
-    assert [len(part) for part in parts] == [7500, 4000, 38_500]
-    assert len(np.unique(np.concatenate(parts))) == 50_000
+    assert [len(part) for part in parts] == [7500, 4000, 4000]
+    assert len(np.unique(np.concatenate(parts))) == 15_500, "disjoint, and some are in none"
 
 
 def test_adapted_images_are_whole_windows() -> None:
