@@ -216,7 +216,9 @@ class Sweep:
             return running
         dvc_queue.remove(waiting)
         return [
-            name for name, state in dvc_queue.listed().items() if name in waiting and state in ("Queued", "Running")
+            name
+            for name, state in dvc_queue.listed().items()
+            if name in waiting and state in ("Queued", "Running") and not dvc_queue.is_lost(name, state)
         ]
 
     def _is_told(self, run: Run) -> bool:
