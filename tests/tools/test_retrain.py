@@ -327,6 +327,32 @@ def test_sigterm_to_the_tool_leaves_its_dvc_at_work_and_the_next_run_waits_for_i
     assert state(repository) == before
 
 
+def test_told_to_stop_in_the_moment_in_which_dvc_begins(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The signal may come before the process has a name here: dvc goes on, and the tool says so."""
+
+    class Interrupted(subprocess.Popen[bytes]):
+        begun: subprocess.Popen[bytes]
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            if "dvc" in args[0]:  # and not git
+                type(self).begun = self
+                raise KeyboardInterrupt
+
+    monkeypatch.chdir(repository)
+    before = state(repository)
+    with experiment.only_run() as lock:
+        head = experiment.check_repository()
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(subprocess, "Popen", Interrupted)
+            experiment.run_experiment("retrain-x", head, {"train.no_such_key": 3}, lock)
+    assert capsys.readouterr().out == "retrain: dvc is still at work on retrain-x; the same command waits for it\n"
+    assert Interrupted.begun.wait(timeout=60) > 0  # of its own: the key is refused
+    assert state(repository) == before
+
+
 def test_a_killed_dvc_leaves_no_overrides_behind(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For some moments, `dvc exp run --temp` has its overrides in the workspace."""
     monkeypatch.chdir(repository)

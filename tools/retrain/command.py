@@ -6,7 +6,7 @@
 IMAGES are those that production sees (what tools.monitor takes). Unless the monitor calls their drift harmful, nothing
 is done. Else a DVC experiment trains on the images of the pipeline and the labelled ones; its model is promoted (a
 commit, and a version in the registry) if it wins back most of what was lost, loses next to nothing on clean images, and
-the monitor no longer calls the drift harmful. Otherwise the workspace, the branch and the tags stay as they are.
+the monitor is not sure of harm any more. Otherwise the workspace, the branch and the tags stay as they are.
 docs/RETRAINING.md explains.
 
 Exit status: 0 promoted, or nothing to do; 1 not promoted, or the experiment failed; 2 bad input. Killed at any point:

@@ -123,11 +123,12 @@ def run_experiment(name: str, head: str, overrides: Mapping[str, Value], lock: i
     write_json(_OVERRIDES, dict(overrides))
     settings = [word for key, value in overrides.items() for word in ("-S", f"{key}={_quoted(value)}")]
     command = [sys.executable, "-m", "dvc", "exp", "run", "--temp", "--name", name, *settings]
-    process = subprocess.Popen(command, env=environment(), pass_fds=(lock,), stdin=subprocess.DEVNULL)  # noqa: S603
+    process: subprocess.Popen[bytes] | None = None
     try:
+        process = subprocess.Popen(command, env=environment(), pass_fds=(lock,), stdin=subprocess.DEVNULL)  # noqa: S603
         status = process.wait()
     except KeyboardInterrupt:
-        if process.poll() is None:
+        if process is None or process.poll() is None:  # None: told to stop in the moment in which dvc began
             print(f"retrain: dvc is still at work on {name}; the same command waits for it", flush=True)
         raise
     _take_back_overrides()
