@@ -15,7 +15,7 @@ from stages.core.archive import Limits, open_image_set
 from stages.core.errors import InputError
 from stages.core.packing import Geometry
 from tests.helpers import image_files, run, write_files
-from tools.benchmark.retrain import Drop
+from tools.benchmark.scenarios import Drop, Scenario, faults
 from tools.benchmark.unseen import UnseenOfArchive, hold_back
 
 COMMAND = (sys.executable, "-m", "tools.benchmark.retrain")
@@ -58,6 +58,36 @@ def test_a_class_that_would_have_none_left_is_named(tmp_path: Path) -> None:
 )
 def test_the_truth_says_what_the_monitor_may_say(value: float, verdicts: set[str]) -> None:
     assert {*Drop(value, error=0.01, limit=0.05).verdicts} == verdicts
+
+
+HARM, LEFT = Drop(0.3, error=0.01, limit=0.05), {"HEAD": "a", "tags": "", "changes": "", "stale": ""}
+
+
+@pytest.mark.parametrize(
+    ("scenario", "verdict", "decision", "status", "after", "found"),
+    [
+        (Scenario("fog", ("fog", 4)), "harmful", "promoted", 0, {"HEAD": "b", "tags": "classifier@v0.0.1"}, []),
+        (
+            Scenario("fog", ("fog", 4)), "harmful", "not promoted", 1, {"HEAD": "b"},
+            ["decision is 'not promoted' instead of 'promoted'", "exit status is 1 instead of 0", "HEAD changed: b"],
+        ),
+        (
+            Scenario("fog", ("fog", 4)), "benign", "nothing to do", 0, {},
+            ["monitor says 'benign' instead of 'harmful'"],
+        ),
+        (Scenario("fog", ("fog", 4), labels="wrong", promotes=False), "harmful", "not promoted", 1, {}, []),
+        (Scenario("clean"), "ok", "nothing to do", 0, {}, []),
+        (Scenario("clean"), "ok", "nothing to do", 0, {"changes": "M x"}, ["changes changed: M x"]),
+        (Scenario("one class", classes=1), "ok", "nothing to do", 0, {}, ["label shift is not what it is"]),
+    ],
+)  # fmt: skip
+def test_what_came_of_a_scenario_is_held_against_what_must(
+    scenario: Scenario, verdict: str, decision: str, status: int, after: dict[str, str], found: list[str]
+) -> None:
+    summary = {
+        "monitor": {"status": verdict, "label_shift": {"detected": False}}, "decision": decision, "commit": "b",
+    }  # fmt: skip
+    assert faults(scenario, summary, HARM, status, LEFT, LEFT | after) == found
 
 
 @pytest.mark.parametrize(

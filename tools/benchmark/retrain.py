@@ -23,10 +23,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from ruamel.yaml import YAML
 
@@ -35,75 +34,12 @@ from stages.core.errors import InputError, run_main
 from stages.core.output import write_json
 from stages.core.packing import Geometry
 from stages.extract import SampleParams
+from tools.benchmark.scenarios import SCENARIOS, Drop, Scenario, faults
 from tools.benchmark.unseen import UnseenImages, UnseenOfArchive, UnseenOfSample, hold_back
 from tools.retrain import rehearsal
 from tools.shared import overrides
 
-Drift = tuple[str, int]
 _PATIENCE = 3600  # seconds for training to begin
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """What production sees, what somebody labelled, and what must come of it."""
-
-    name: str
-    drift: Drift | None = None
-    promotes: bool = True  # a new model, if the drift does harm
-    labels: Literal["right", "wrong", "of clean images"] = "right"
-    classes: int | None = None  # that production sees, the first ones; None: all
-    simulate: bool = False  # in place of labelled images
-    start: Literal["current", "scratch"] = "current"
-    killed: Literal["all", "tool"] | None = None  # in mid-train, and run again
-    seed: int = 0  # other images
-
-
-def _drift(kind: str, severity: int, note: str = "", **changes: Any) -> Scenario:
-    return Scenario(f"{kind} {severity}{note and ', ' + note}", (kind, severity), **changes)
-
-
-SCENARIOS = (
-    *(Scenario(f"clean images {seed}", seed=seed) for seed in (1, 2, 3)),
-    *(Scenario(f"label shift, {n} of 10 classes", classes=n) for n in (1, 2, 4)),
-    *(_drift(kind, 1) for kind in ("brightness", "saturate", "pixelate", "jpeg_compression")),
-    _drift("jpeg_compression", 5),
-    _drift("pixelate", 4),
-    _drift("motion_blur", 4),
-    _drift("gaussian_blur", 3),
-    _drift("gaussian_noise", 4),
-    _drift("shot_noise", 5),
-    _drift("impulse_noise", 4),
-    _drift("snow", 3),
-    _drift("frost", 4),
-    _drift("fog", 4),
-    _drift("brightness", 4),
-    _drift("contrast", 2),
-    _drift("darkness", 4),
-    _drift("spatter", 3),
-    _drift("saturate", 5),
-    _drift("colour_cast", 5),
-    _drift("fog", 4, "simulated", simulate=True),
-    _drift("darkness", 4, "from scratch", start="scratch"),
-    _drift("darkness", 4, "killed in mid-train", killed="all", seed=4),
-    _drift("contrast", 2, "the tool killed, dvc lives on", killed="tool", seed=5),
-    _drift("brightness", 4, "wrong labels", labels="wrong", promotes=False),
-    _drift("darkness", 4, "labels of clean images", labels="of clean images", promotes=False),
-)
-
-
-class Drop(NamedTuple):
-    """What the model loses by the drift, counted on labelled images."""
-
-    value: float  # of top-1
-    error: float  # its standard error
-    limit: float  # up to which drift is benign
-
-    @property
-    def verdicts(self) -> tuple[str, ...]:
-        """What the monitor may say: two standard errors around the limit, either."""
-        harmful = ("harmful",) if self.value > self.limit - 2 * self.error else ()
-        harmless = ("ok", "benign") if self.value < self.limit + 2 * self.error else ()
-        return harmless + harmful
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -169,7 +105,7 @@ def _play(scenario: Scenario, images: UnseenImages, scratch: Path, arguments: ar
         status = rehearsal.module(clone, "tools.retrain", *command)
         summary = json.loads((folder / "summary.json").read_text())
         after = _state(clone)
-    faults = _faults(scenario, summary, drop, status, before, after)
+    found = faults(scenario, summary, drop, status, before, after)
     return {
         "name": scenario.name,
         "drop": drop._asdict(),
@@ -180,8 +116,8 @@ def _play(scenario: Scenario, images: UnseenImages, scratch: Path, arguments: ar
         "recovered_share": summary.get("recovered_share"),
         "confirmation": summary.get("confirmation", {}).get("status"),
         "reason": summary["reason"],
-        "faults": faults,
-        "as_it_should": not faults,
+        "faults": found,
+        "as_it_should": not found,
         "seconds": round(time.monotonic() - started),
     }
 
@@ -240,41 +176,11 @@ def _state(clone: Path) -> dict[str, str]:
     }
 
 
-def _faults(
-    scenario: Scenario,
-    summary: dict[str, Any],
-    drop: Drop,
-    status: int,
-    before: dict[str, str],
-    after: dict[str, str],
-) -> list[str]:
-    """What is not as it should be."""
-    found, decision, verdict = [], summary["decision"], summary["monitor"]["status"]
-    right = drop.verdicts if scenario.drift else ("ok",)
-    wanted = "nothing to do" if verdict != "harmful" else "promoted" if scenario.promotes else "not promoted"
-    for what, is_so, allowed in (
-        ("monitor says", verdict, right),
-        ("decision", decision, (wanted,)),
-        ("exit status", status, (1 if wanted == "not promoted" else 0,)),
-    ):
-        if is_so not in allowed:
-            found.append(f"{what} {is_so}, not {' or '.join(map(str, allowed))}")
-    # Under drift the predicted mix may change though the true one does not.
-    if scenario.drift is None and summary["monitor"]["label_shift"]["detected"] != (scenario.classes is not None):
-        found.append("label shift is not what it is")
-    if decision == "promoted":
-        if after["tags"] != "classifier@v0.0.1":
-            found.append(f"tags: {after['tags']}")
-        if after["HEAD"] != summary["commit"] or after["HEAD"] == before["HEAD"]:
-            found.append("HEAD is not the promotion's commit")
-        changed = [key for key in ("changes", "stale") if after[key] != before[key]]
-    else:
-        changed = [key for key in before if after[key] != before[key]]
-    return found + [f"{key} changed: {after[key]}" for key in changed]
-
-
 def _kill_in_mid_train(clone: Path, command: list[str], victim: str) -> None:
-    """Start the tool, and kill it (or also what it started) when training has logged its first steps."""
+    """Start the tool, and kill it (or also what it started) when training has logged its first steps.
+
+    It ends by itself where the monitor sees no harm: that is judged by the next run.
+    """
     process = subprocess.Popen(  # noqa: S603
         [sys.executable, "-m", "tools.retrain", *command],
         cwd=clone,
@@ -284,8 +190,11 @@ def _kill_in_mid_train(clone: Path, command: list[str], victim: str) -> None:
     )
     deadline = time.monotonic() + _PATIENCE
     while not any(_has_begun(path) for path in clone.glob(".dvc/tmp/exps/standalone/tmp*/metrics/train/metrics.json")):
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise InputError(f"training did not begin: the tool ended with {process.poll()}")
+        if process.poll() is not None:
+            return
+        if time.monotonic() > deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise InputError(f"training did not begin within {_PATIENCE} seconds")
         time.sleep(0.2)
     if victim == "all":
         os.killpg(process.pid, signal.SIGKILL)
