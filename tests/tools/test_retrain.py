@@ -330,26 +330,25 @@ def test_sigterm_to_the_tool_leaves_its_dvc_at_work_and_the_next_run_waits_for_i
 def test_told_to_stop_in_the_moment_in_which_dvc_begins(
     repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The signal may come before the process has a name here: dvc goes on, and the tool says so."""
+    """The signal may come before the call that starts dvc has returned: dvc goes on, and the tool says so."""
+    begun: list[subprocess.Popen[bytes]] = []
 
-    class Interrupted(subprocess.Popen[bytes]):
-        begun: subprocess.Popen[bytes]
-
+    class Signalled(subprocess.Popen[bytes]):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             if "dvc" in args[0]:  # and not git
-                type(self).begun = self
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
+                begun.append(self)
 
     monkeypatch.chdir(repository)
     before = state(repository)
     with experiment.only_run() as lock:
         head = experiment.check_repository()
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(subprocess, "Popen", Interrupted)
+            patched.setattr(subprocess, "Popen", Signalled)
             experiment.run_experiment("retrain-x", head, {"train.no_such_key": 3}, lock)
     assert capsys.readouterr().out == "retrain: dvc is still at work on retrain-x; the same command waits for it\n"
-    assert Interrupted.begun.wait(timeout=60) > 0  # of its own: the key is refused
+    assert begun[0].wait(timeout=60) > 0  # of its own: the key is refused
     assert state(repository) == before
 
 

@@ -31,6 +31,7 @@ from tools.registry import command as registry
 from tools.registry import revision
 from tools.shared import committed
 from tools.shared.commands import dvc, environment, git
+from tools.shared.process import signals_held
 
 _STATE = Path(".dvc/tmp/retrain")
 _OVERRIDES = _STATE / "overrides.json"
@@ -125,10 +126,11 @@ def run_experiment(name: str, head: str, overrides: Mapping[str, Value], lock: i
     command = [sys.executable, "-m", "dvc", "exp", "run", "--temp", "--name", name, *settings]
     process: subprocess.Popen[bytes] | None = None
     try:
-        process = subprocess.Popen(command, env=environment(), pass_fds=(lock,), stdin=subprocess.DEVNULL)  # noqa: S603
+        with signals_held():
+            process = subprocess.Popen(command, env=environment(), pass_fds=(lock,), stdin=subprocess.DEVNULL)  # noqa: S603
         status = process.wait()
     except KeyboardInterrupt:
-        if process is None or process.poll() is None:  # None: told to stop in the moment in which dvc began
+        if process is not None and process.poll() is None:
             print(f"retrain: dvc is still at work on {name}; the same command waits for it", flush=True)
         raise
     _take_back_overrides()
