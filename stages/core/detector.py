@@ -158,8 +158,7 @@ class Detector:
         """p-value against clean images of the window's own class mix, and the number of images compared.
 
         The true classes of its images, and so of the clean windows that it is compared with, are drawn given the
-        predicted ones. None where fewer than ten images (of a smaller window: all) have their
-        like among the clean ones.
+        predicted ones. None where fewer than ten images (of a smaller window: all) have their like among the clean.
         """
         rng = np.random.default_rng([self.spec.seed, len(window), 2])
         there = np.bincount(self.labels, minlength=len(self.spec.class_ids))
