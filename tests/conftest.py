@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,22 @@ import pytest
 from stages import extract, preprocess
 from stages.core.params import load_params
 from tests.ci.github_api import Repository, serve
-from tests.helpers import ROOT, TINY, commit_all, copy_of_checkout, run, set_params
+from tests.helpers import ROOT, STARTED, TINY, commit_all, copy_of_checkout, run, set_params
+
+
+@pytest.fixture(autouse=True)
+def _end_what_a_failed_test_left() -> Iterator[None]:
+    """Processes of `start` would slow the tests that follow, and their pipes be complained of in one of these."""
+    before = len(STARTED)
+    yield
+    for process in STARTED[before:]:
+        if process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+    del STARTED[before:]
 
 
 @pytest.fixture(scope="session")

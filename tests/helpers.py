@@ -19,6 +19,8 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
+PATIENCE = 600.0  # seconds: on a machine with other work, things take ten times as long as on a quiet one
+STARTED: list[subprocess.Popen[str]] = []  # by `start`
 
 # Overrides under which the whole pipeline takes seconds.
 TINY: dict[str, Any] = {
@@ -72,8 +74,11 @@ def run(
 
 
 def start(folder: Path, *command: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    """Start a command as `run` does, both outputs in one pipe, in a process group of its own."""
-    return subprocess.Popen(
+    """Start a command as `run` does, both outputs in one pipe, in a process group of its own.
+
+    What still runs when the test is over, because it failed, is ended (tests/conftest.py).
+    """
+    process = subprocess.Popen(
         command,
         cwd=folder,
         env=_environment(environment),
@@ -82,6 +87,8 @@ def start(folder: Path, *command: str, environment: dict[str, str] | None = None
         text=True,
         start_new_session=True,
     )
+    STARTED.append(process)
+    return process
 
 
 def _environment(changes: dict[str, str] | None) -> dict[str, str]:
@@ -90,7 +97,7 @@ def _environment(changes: dict[str, str] | None) -> dict[str, str]:
     return env
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 120, poll: float = 0.01) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE, poll: float = 0.01) -> None:
     """Wait for a condition; fail when it does not come."""
     deadline = time.monotonic() + seconds
     while not condition():

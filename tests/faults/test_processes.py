@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from tests.faults.reliability import case
-from tests.helpers import ROOT, files, run, set_params, start, step_reached, wait_until
+from tests.helpers import PATIENCE, ROOT, files, run, set_params, start, step_reached, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
@@ -58,7 +58,7 @@ def strike(folder: Path, stage: str, number: signal.Signals, target: str, after:
             process.send_signal(number)
         elif target == "group":
             os.killpg(process.pid, number)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=PATIENCE)
     for child in found:
         child.wait(timeout=10)  # gone by itself: nobody is left who writes
     return output
@@ -115,7 +115,7 @@ def test_workers_end_with_their_stage(number: signal.Signals, workspace: Path) -
     wait_until(lambda: written.exists() and written.stat().st_size > 300_000)
     children = parent.children(recursive=True)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE)
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
     assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), output
@@ -130,7 +130,7 @@ def test_two_repros(repository: Path) -> None:
     lock = (repository / "dvc.lock").read_bytes()
     command = ("dvc", "repro", "--force", "--single-item", "preprocess")
     both = [start(repository, *command) for _ in range(2)]
-    said = [process.communicate(timeout=120)[0] for process in both]
+    said = [process.communicate(timeout=PATIENCE)[0] for process in both]
     assert 0 in [process.returncode for process in both]
     for process, output in zip(both, said, strict=True):
         assert "Traceback" not in output
@@ -148,7 +148,7 @@ def test_two_temporary_experiments(repository: Path) -> None:
         )
         for way in ("nearest", "box")
     ]
-    said = [process.communicate(timeout=300)[0] for process in both]
+    said = [process.communicate(timeout=PATIENCE)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert set(run(repository, "dvc", "exp", "list", "--name-only").stdout.split()) == {"nearest", "box"}
     assert run(repository, "git", "status", "--porcelain").stdout == ""
@@ -273,7 +273,7 @@ def test_a_queue_worker_is_killed(
     if dvc_too:
         own_dvc.kill()
     else:
-        own_dvc.wait(timeout=120)
+        own_dvc.wait(timeout=PATIENCE)
     stage.wait(timeout=10)
     ended = time.monotonic() - struck
     wait_until(lambda: not working(repository), 30, poll=0.1)

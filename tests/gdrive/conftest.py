@@ -155,6 +155,10 @@ def command(
     return run(folder, *words, check=check, environment=google.environment | own | variables)
 
 
-def gone(process: psutil.Process) -> bool:
-    """Whether a process has ended, be it that nobody has asked for its exit status yet."""
-    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+def gone(process: psutil.Process | int) -> bool:
+    """Whether a process (or that of this number) has ended, be it that nobody has asked for its exit status yet."""
+    try:
+        process = psutil.Process(process) if isinstance(process, int) else process
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

@@ -180,7 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content[: len(content) // 2] if cut else content)
         self.wfile.flush()
         if cut == "stall":
-            self.server.released.wait(60)
+            self.server.released.wait(1800)
         if cut:
             self._drop()
 

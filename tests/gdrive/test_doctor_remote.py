@@ -77,5 +77,5 @@ def test_a_download_that_stalls_ends_and_reruns_nothing(
     began = time.monotonic()
     with pytest.raises(InputError, match="the remote gdrive does not give it .*dvc repro --force --single-item"):
         verify.main(Namespace(repair=True, json=False))
-    assert time.monotonic() - began < 30, "the stand-in would let go after 60 s"
+    assert time.monotonic() - began < 900, "the stand-in would let go after 1800 s"
     assert not (here / "table").exists()

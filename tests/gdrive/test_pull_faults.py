@@ -11,13 +11,13 @@ import pytest
 
 from tests.gdrive.conftest import IMPATIENT, gone, tool
 from tests.gdrive.server import Fault, StandIn
-from tests.helpers import ROOT, files, start, wait_until
+from tests.helpers import PATIENCE, ROOT, files, start, wait_until
 
 
 def test_pull_heals_what_google_asks_to_try_again(empty: Path, made_once: Path, google: StandIn) -> None:
     google.faults = [Fault("download", kind) for kind in ("503", "403", "401")]
     google.faults += [Fault("metadata", kind) for kind in ("503", "403", "401", "drop")]  # those of the check before it
-    result = tool(google, empty, "pull", *IMPATIENT)
+    result = tool(google, empty, "pull")
     assert google.is_exhausted()
     assert "again in" not in result.stderr
     assert files(empty / "model", empty / "table") == files(made_once / "model", made_once / "table")
@@ -46,7 +46,7 @@ def test_a_network_that_stays_broken_ends_the_pull(empty: Path, google: StandIn)
     google.faults = [Fault("download", "stall", times=1000)]
     began = time.monotonic()
     result = tool(google, empty, "pull", "--patience", "1", "--attempts", "2", check=False)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 900, "the stand-in would let go after 1800 s"
     assert result.returncode == 1
     assert "remote: pull failed 2 times, the last time with: " in result.stderr
     assert "run it again later" in result.stderr
@@ -62,9 +62,9 @@ def test_when_the_tool_ends_so_does_dvc(number: int, empty: Path, google: StandI
     (child,) = psutil.Process(process.pid).children()
     process.send_signal(number)
     if number == signal.SIGTERM:
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=PATIENCE)
         assert process.returncode == 128 + signal.SIGTERM
         assert output.splitlines()[-1] == "remote: pull stopped by SIGTERM; what has arrived stays"
     else:
-        process.communicate(timeout=60)
-    wait_until(lambda: gone(child), seconds=20)
+        process.communicate(timeout=PATIENCE)
+    wait_until(lambda: gone(child))

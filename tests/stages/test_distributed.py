@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers import ROOT, files, run, set_params, start, step_reached, wait_until
+from tests.helpers import PATIENCE, ROOT, files, run, set_params, start, step_reached, wait_until
 
 # Without momentum's and Adam's amplification of rounding: what is compared is the mathematics.
 RECIPE = {
@@ -43,7 +43,7 @@ def train(folder: Path, **overrides: object) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, output
     return output
 
@@ -96,7 +96,7 @@ def test_a_killed_rank_ends_the_job_which_goes_on_to_the_same_bytes(prepared: Pa
     ]
     assert len(ranks) == 2
     ranks[1].kill()
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2
     assert "process 1 of 2 ended with SIGKILL" in output
     assert "run the same command again, and training goes on from there" in output
@@ -114,8 +114,8 @@ def test_a_signal_to_the_launcher_saves_and_ends_all(number: signal.Signals, pre
     wait_until(lambda: step_reached(prepared) >= 6)
     ranks = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=30)
-    psutil.wait_procs(ranks, timeout=10)
+    output, _ = process.communicate(timeout=PATIENCE)
+    psutil.wait_procs(ranks, timeout=60)
     assert not any(rank.is_running() for rank in ranks)
     assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
     saved = re.search(r"(\d+) of 120 steps are done and saved", output)
@@ -125,7 +125,7 @@ def test_a_signal_to_the_launcher_saves_and_ends_all(number: signal.Signals, pre
 
 
 def test_a_batch_that_does_not_divide_is_refused(prepared: Path) -> None:
-    output, _ = (process := train(prepared, runtime__processes=2, train__batch_size=15)).communicate(timeout=120)
+    output, _ = (process := train(prepared, runtime__processes=2, train__batch_size=15)).communicate(timeout=PATIENCE)
     assert process.returncode == 2
     assert "params.yaml: train.batch_size: 15 does not divide into 2 processes" in output
     assert "Traceback" not in output
@@ -134,7 +134,7 @@ def test_a_batch_that_does_not_divide_is_refused(prepared: Path) -> None:
 def test_processes_for_gpus_that_are_not_there_are_refused(prepared: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    output, _ = (process := train(prepared, runtime__processes="gpu")).communicate(timeout=120)
+    output, _ = (process := train(prepared, runtime__processes="gpu")).communicate(timeout=PATIENCE)
     assert process.returncode == 2
     assert "params.yaml: runtime.processes: 'gpu', but there is no GPU; use a number" in output
 
@@ -244,6 +244,6 @@ def test_machines_with_other_params_are_told_apart(nodes: list[str], prepared: P
     shutil.copy2(prepared / "params.yaml", other)
     set_params(other / "params.yaml", {"train.lr": 0.04})
     processes = [start_node(prepared, nodes[0], 1), start_node(other, nodes[1], 2)]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes]
     assert all(process.returncode for process in processes)
     assert "have other params, data or code than process 0" in "".join(outputs)

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.helpers import ROOT, commit_all, files, run, set_params, start, step_reached, wait_until
+from tests.helpers import PATIENCE, ROOT, commit_all, files, run, set_params, start, step_reached, wait_until
 
 # 36 steps; records every 2 and checkpoints every 5, so that most checkpoints lie between two records.
 RECIPE = {"train.epochs": 12, "train.log_every": 2, "runtime.checkpoint_steps": 5, "runtime.checkpoint_seconds": None}
@@ -35,7 +35,7 @@ def train(folder: Path) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, output
     return output
 
@@ -126,7 +126,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number: signal.Signals, long_run: 
     wait_until(lambda: step_reached(long_run) >= 6)
     start_time = time.monotonic()
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert time.monotonic() - start_time < 5
     assert process.returncode == 128 + number
     last = output.strip().splitlines()[-1]
@@ -179,7 +179,7 @@ def test_divergence_names_the_last_good_checkpoint(long_run: Path) -> None:
         "train.log_every": 10,
     }
     set_params(long_run / "params.yaml", overrides | {"runtime.checkpoint_steps": 1, "train.label_smoothing": 0.0})
-    output, _ = (process := train(long_run)).communicate(timeout=300)
+    output, _ = (process := train(long_run)).communicate(timeout=PATIENCE)
     assert process.returncode == 2
     match = re.search(r"train: error: .*; the last good checkpoint is (\S+\.pt)|there is no checkpoint yet", output)
     assert match, output
@@ -193,7 +193,7 @@ def test_two_runs_of_the_same_do_not_share_checkpoints(long_run: Path) -> None:
     wait_until(lambda: step_reached(long_run) >= 2)
     process.send_signal(signal.SIGSTOP)
     try:
-        output, _ = (second := train(long_run)).communicate(timeout=120)
+        output, _ = (second := train(long_run)).communicate(timeout=PATIENCE)
         assert second.returncode == 2
         assert "another process trains with the same params, data and code" in output
     finally:
@@ -213,7 +213,7 @@ def run_in_little_memory(stage: str, folder: Path) -> tuple[int, str]:
         run_main(lambda: {stage}.main(load_params({stage}.Params)), "{stage}")
     """
     process = start(folder, sys.executable, "-c", limited, environment={"PYTHONPATH": str(ROOT)})
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=PATIENCE)
     return process.returncode, output
 
 
@@ -287,7 +287,7 @@ def test_an_experiment_whose_stage_was_killed_goes_on(where: list[str], long_rep
     forget_runs(long_repository)
     process = start(long_repository, *command, "killed")
     wait_for_training(process, long_repository).kill()
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0, output
     run(long_repository, "git", "checkout", "-q", ".")
     output = run(long_repository, *command, "killed").stdout
@@ -307,8 +307,8 @@ def test_the_death_of_dvc_ends_the_stage_which_goes_on(number: signal.Signals, l
     process = start(long_repository, "dvc", "repro", "--force", "--single-item", "train")
     stage = wait_for_training(process, long_repository)
     os.kill(process.pid, number)
-    stage.wait(timeout=6)
-    output, _ = process.communicate(timeout=10)
+    stage.wait(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert "is gone; " in output, output
     assert "steps are done and saved in" in output
     output = run(long_repository, "dvc", "repro", "--force", "--single-item", "train").stdout

@@ -134,3 +134,14 @@ def test_what_has_ended_is_known_without_a_daemon(
 ) -> None:
     _task(status, ended, returncode, result)
     assert dvc_queue.look("tried-0").state == state
+
+
+@pytest.mark.usefixtures("daemon")
+def test_what_has_failed_is_removed_when_its_daemon_has_told_dvc(ended: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    _task(_FAILED, ended)
+    answers = ["Running", "Running", "Failed"]  # of dvc, one after the other
+    removed: list[str] = []
+    monkeypatch.setattr(dvc_queue, "listed", lambda: {"tried-0": answers.pop(0), "other-0": "Queued"})
+    monkeypatch.setattr(dvc_queue, "_dvc", lambda *words, **_: removed.extend(words))
+    dvc_queue.remove(["tried-0"])
+    assert (removed, answers) == (["queue", "remove", "tried-0"], [])

@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 
 from stages.core.errors import InputError
 from stages.core.params import read_params
-from tests.helpers import ROOT, run, set_params, start, step_reached, wait_until
+from tests.helpers import PATIENCE, ROOT, run, set_params, start, step_reached, wait_until
 from tools import exp
 from tools.shared import overrides
 
@@ -225,7 +225,7 @@ def test_several_values_run(repository: Path) -> None:
     def names() -> set[str]:
         return set(run(repository, "dvc", "exp", "list", "--name-only").stdout.split())
 
-    wait_until(lambda: names() == {"seed-1", "seed-2"}, seconds=300, poll=3)
+    wait_until(lambda: names() == {"seed-1", "seed-2"}, poll=3)
     assert [params_of(repository, f"seed-{i}")["train.seed"] for i in (1, 2)] == [1, 2]
     assert (repository / "params.yaml").read_bytes() == before
 
@@ -236,6 +236,6 @@ def test_an_interrupt_is_dvcs(repository: Path) -> None:
     process = start(repository, "python", "-m", "tools.exp", "train.epochs=500", "train")
     wait_until(lambda: step_reached(repository) >= 10)  # the committed run has 6 steps
     run(repository, "bash", "-c", f"kill -INT -{process.pid}")
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
     assert "train: stopped by SIGINT" in said

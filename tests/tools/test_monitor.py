@@ -20,7 +20,7 @@ from PIL import Image
 from stages.core import detector as detectors
 from stages.core.corruptions import corrupt
 from stages.core.errors import InputError
-from tests.helpers import encoded, run, set_params, start, truncated, wait_until
+from tests.helpers import PATIENCE, encoded, run, set_params, start, truncated, wait_until
 from tools.monitor import command as monitor
 from tools.monitor.stream import growing_folder, stream_alpha
 
@@ -281,5 +281,5 @@ def test_a_growing_folder_is_watched(production: Path, repository: Path, tmp_pat
     for path in files[4:8]:
         shutil.copy(path, growing)
     wait_until(lambda: "window 2" in log.read_text())
-    process.communicate(timeout=100)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode in (0, 10, 20)

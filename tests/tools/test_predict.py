@@ -22,7 +22,7 @@ from stages import evaluate, export
 from stages.core import model
 from stages.core.errors import InputError
 from stages.core.params import load_params
-from tests.helpers import encoded, run, start, truncated, wait_until
+from tests.helpers import PATIENCE, encoded, run, start, truncated, wait_until
 from tools.predict import command as predict
 from tools.registry import command as registry
 
@@ -293,7 +293,7 @@ def test_sigterm_ends_it_with_its_monitor_and_leaves_nothing_temporary(here: Pat
     wait_until(is_asked)
     assert [path for path in tmp_path.iterdir() if path.name.startswith("predict-")]
     process.terminate()
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 143
     assert output.splitlines()[-1] == "predict: stopped by SIGTERM; run the same command again"
     assert "Traceback" not in output

@@ -30,6 +30,7 @@ from stages.core.download import file_hash
 from stages.core.errors import InputError
 from stages.core.params import load_params
 from tests.helpers import (
+    PATIENCE,
     encoded,
     files,
     image_files,
@@ -287,7 +288,7 @@ def test_sigterm_ends_it_with_its_monitor_and_leaves_nothing_temporary(repositor
     monitor = child_of(process, "tools.monitor")
     assert [path.name for path in scratch.iterdir() if path.name != "of-a-killed-run"] != []
     process.terminate()
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert (process.returncode, output) == (143, "retrain: stopped by SIGTERM; run the same command again\n")
     assert not monitor.is_running()
     assert not list(scratch.iterdir())
@@ -313,14 +314,14 @@ def test_sigterm_to_the_tool_leaves_its_dvc_at_work_and_the_next_run_waits_for_i
     process = start(repository, sys.executable, "-c", RUN_EXPERIMENT)
     dvc = child_of(process, "dvc", "exp", "run")
     process.terminate()
-    assert process.wait(timeout=60) == 143
+    assert process.wait(timeout=PATIENCE) == 143
     assert dvc.is_running()
     again = start(repository, sys.executable, "-c", RUN_EXPERIMENT)
-    words = process.communicate(timeout=300)[0]  # dvc writes into the same pipe: until it has ended
+    words = process.communicate(timeout=PATIENCE)[0]  # dvc writes into the same pipe: until it has ended
     assert "retrain: dvc is still at work on retrain-x; the same command waits for it\n" in words
     assert "retrain: stopped by SIGTERM; run the same command again\n" in words
     assert "Traceback" not in words
-    words = again.communicate(timeout=300)[0]
+    words = again.communicate(timeout=PATIENCE)[0]
     assert "retrain: another run is under way here, or its experiment still is; waiting for it\n" in words
     assert "retrain: experiment retrain-x has ended before; it is taken as it is\n" in words
     assert again.returncode == 0
@@ -342,13 +343,17 @@ def test_told_to_stop_in_the_moment_in_which_dvc_begins(
 
     monkeypatch.chdir(repository)
     before = state(repository)
-    with experiment.only_run() as lock:
-        head = experiment.check_repository()
-        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(subprocess, "Popen", Signalled)
-            experiment.run_experiment("retrain-x", head, {"train.no_such_key": 3}, lock)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of pytest ignore it
+    try:
+        with experiment.only_run() as lock:
+            head = experiment.check_repository()
+            with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+                patched.setattr(subprocess, "Popen", Signalled)
+                experiment.run_experiment("retrain-x", head, {"train.no_such_key": 3}, lock)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert capsys.readouterr().out == "retrain: dvc is still at work on retrain-x; the same command waits for it\n"
-    assert begun[0].wait(timeout=60) > 0  # of its own: the key is refused
+    assert begun[0].wait(timeout=PATIENCE) > 0  # of its own: the key is refused
     assert state(repository) == before
 
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from ruamel.yaml import YAML
 
-from tests.helpers import run, start, step_reached, wait_until
+from tests.helpers import PATIENCE, run, start, step_reached, wait_until
 from tools.shared import dvc_queue
 from tools.sweep.command import check_queue, gpus
 
@@ -88,7 +88,7 @@ def test_a_sweep_killed_in_mid_trial_goes_on(killed: str, repository: Path, monk
     params = (repository / "params.yaml").read_bytes()
     command = _long_trials("killed")
     sweep = start(repository, *command)
-    wait_until(lambda: _step(repository) > 3, 300)
+    wait_until(lambda: _step(repository) > 3)
     sweep.kill()
     sweep.communicate()
     if killed == "all of it":  # as when the machine goes down, but that the stage sees its dvc gone, and saves
@@ -125,9 +125,9 @@ def test_a_sweep_that_is_asked_to_stop_stops_its_trials_and_goes_on_later(reposi
     # once while dvc makes the trial's folder, once in mid-training
     for moment in (lambda: len(_folders(repository)) > 0, lambda: _step(repository) > 3):
         sweep = start(repository, *command)
-        wait_until(moment, 300)
+        wait_until(moment)
         sweep.send_signal(signal.SIGTERM)
-        said, _ = sweep.communicate(timeout=140)
+        said, _ = sweep.communicate(timeout=PATIENCE)
         assert sweep.returncode == 143
         assert re.search(r"sweep: stopping asked-\d\n", said)
         assert "stopped by SIGTERM; run the same command again, and the study goes on" in said
@@ -140,7 +140,7 @@ def test_a_sweep_that_is_asked_to_stop_stops_its_trials_and_goes_on_later(reposi
     # One more for each time that dvc gave a trial to a daemon which was just ending.
     assert len(stopped) == 2 + said.count("was just ending") + before.count("was just ending")
     logs = "".join(path.read_text() for path in (repository / ".dvc/tmp/exps/run").glob("*/*.out"))
-    assert logs.count("train: goes on after step ") == 1
+    assert logs.count("train: goes on after step ") >= 1  # 2 where the first was in training already
     assert (repository / "params.yaml").read_bytes() == params
     _is_tidy(repository, [one["experiment"], other["experiment"]])
 
@@ -196,7 +196,7 @@ def _is_tidy(repository: Path, experiments: list[str]) -> None:
     """Just these experiments are there, git sees no change, and no process or folder of a run is left."""
     assert sorted(run(repository, "dvc", "exp", "list", "--name-only").stdout.split()) == experiments
     assert run(repository, "git", "status", "--porcelain").stdout == ""
-    wait_until(lambda: _processes(repository) == [], 60, poll=0.5)  # dvc's daemons wait 10 seconds for more
+    wait_until(lambda: _processes(repository) == [], poll=0.5)  # dvc's daemons wait 10 seconds for more
     assert _folders(repository) == []
 
 

@@ -121,6 +121,7 @@ def growing_folder(folder: Path, idle: float | None) -> Iterator[ImageFile]:
                 age = time.time() - modified / 1e9
                 since = now - age if age > 0 else now
                 known = growing[path] = (modified, size, since)
+                last = now
             if now - known[2] >= _SETTLED_SECONDS:
                 fresh.append((modified, path))
         for _, path in sorted(fresh):
@@ -129,7 +130,7 @@ def growing_folder(folder: Path, idle: float | None) -> Iterator[ImageFile]:
             yield ImageFile(str(path), path.read_bytes)
         if fresh:
             last = time.monotonic()
-        elif idle is not None and time.monotonic() - last > idle:
+        elif idle is not None and now - last > idle:
             return
         else:
             time.sleep(_POLL_SECONDS)

@@ -26,6 +26,7 @@ from tools.shared.commands import environment
 
 _TASKS = Path(".dvc/tmp/exps/run")
 _SEEN_SECONDS = 3.0  # for a daemon to write down how a process ended, on a machine with other work
+_TOLD_SECONDS = 30.0  # for a daemon to tell dvc that one has failed
 _FAILED, _CANCELED, _FINISHED = 4, 5, 6  # dvc.repo.experiments.executor.base.TaskStatus; 2 is running
 
 State = Literal["waiting", "running", "succeeded", "failed", "lost"]  # lost: killed, and no daemon will say so
@@ -114,10 +115,15 @@ def stop(name: str, kill: bool = False) -> bool:
 
 def remove(names: Sequence[str]) -> None:
     """Take experiments off the queue, waiting or failed; results of those that succeeded are untouched."""
-    if names:
-        there = [name for name, state in listed().items() if name in names and state in ("Queued", "Failed")]
-        if there:  # dvc removes none when it misses one
-            _dvc("queue", "remove", *there, check=False)
+    if not names:
+        return
+    known, deadline = listed(), time.monotonic() + _TOLD_SECONDS
+    while any(_is_being_told(name, known) for name in names) and time.monotonic() < deadline:
+        time.sleep(1)
+        known = listed()
+    there = [name for name, state in known.items() if name in names and state in ("Queued", "Failed")]
+    if there:  # dvc removes none when it misses one
+        _dvc("queue", "remove", *there, check=False)
 
 
 def forget(study: str) -> None:
@@ -187,6 +193,11 @@ def _is_lost(path: Path) -> bool:
         return False
     time.sleep(_SEEN_SECONDS)
     return _json(path).get("returncode") is None
+
+
+def _is_being_told(name: str, known: dict[str, str]) -> bool:
+    """Whether a failed experiment's daemon has yet to tell dvc, which lists it as running until then."""
+    return known.get(name) == "Running" and look(name).state == "failed" and _num_daemons() > 0
 
 
 def _num_daemons() -> int:

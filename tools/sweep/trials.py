@@ -114,6 +114,7 @@ class Sweep:
             dvc_queue.queue(name, words, self.target, self.lock)
             self.active.append(run)
             dvc_queue.start_workers(self.arguments.workers)
+            run.nudged = time.monotonic()  # both may have taken a while
         except InputError as error:
             studies.give_up(self.study, trial, str(error), again=True)
             self.active = [other for other in self.active if other is not run]
