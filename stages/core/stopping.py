@@ -65,8 +65,9 @@ def run_stage(main: Callable[[], None], name: str) -> None:
         raise KeyboardInterrupt(asked.reason, asked.signal_number)
 
     def when_gone(reason: str) -> None:
-        asked.ask(reason)
-        os.kill(os.getpid(), signal.SIGTERM)
+        if not asked:  # else it is ending, and a second interrupt would break into that
+            asked.ask(reason)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def stopped_or_ended() -> None:
         try:
