@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import os
 import queue
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -29,7 +31,7 @@ from stages.core.params import Section
 _PROCESS = "stages.core.mirror_process"
 _MODES = ("disabled", "offline", "online")
 _STOPPED_SECONDS = 1.0  # that a stage waits which was told to stop: its own end must not take longer than 5
-_KILL_SECONDS = 0.3  # of the waiting time are left to kill the process, if it does not end by itself
+_SPARE_SECONDS = 0.3  # at least: of the waiting time, for the process to end itself, and then for the stage to kill it
 
 
 class WandbParams(Section):
@@ -65,12 +67,14 @@ class NoMirror:
 class Mirror:
     """Passes on what a stage records. No method waits but `close`, and none raises because of W&B."""
 
-    def __init__(self, start: dict[str, Any]) -> None:
+    def __init__(self, start: dict[str, Any], scratch: str) -> None:
+        """Start the process; its temporary files go into the folder `scratch`, which `close` removes."""
+        self._scratch = scratch
         root = str(Path(__file__).parents[2])
         paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         self._messages: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", _PROCESS],
+            [sys.executable, "-m", _PROCESS, scratch],
             env=os.environ | {"PYTHONPATH": paths},
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -94,8 +98,9 @@ class Mirror:
 
     def close(self, exit_code: int, seconds: float) -> None:
         """Wait at most so many seconds until all is passed on; then end the process, and say so."""
-        last = time.time() + seconds - _KILL_SECONDS
-        self._messages.put({"verb": "end", "exit_code": exit_code, "deadline": last - _KILL_SECONDS})
+        spare = max(_SPARE_SECONDS, seconds / 10)
+        last = time.time() + seconds - spare
+        self._messages.put({"verb": "end", "exit_code": exit_code, "deadline": last - spare})
         self._messages.put(None)
         try:
             self._process.wait(max(last - time.time(), 0.0))
@@ -105,6 +110,7 @@ class Mirror:
             _kill(self._process.pid)
             self._process.wait()
             self._sender.join(1)
+            shutil.rmtree(self._scratch, ignore_errors=True)  # the process has done so, if it ended by itself
 
     def _send(self) -> None:
         pipe = self._process.stdin
@@ -133,7 +139,13 @@ def open_mirror(
     if wandb.mode == "disabled":
         yield NoMirror()
         return
-    mirror = Mirror({
+    try:
+        scratch = tempfile.mkdtemp(prefix="driftline-wandb-")  # short: sockets lie in it
+    except OSError as error:
+        print(f"wandb: warning: {error}; this run is not mirrored", file=sys.stderr)
+        yield NoMirror()
+        return
+    start = {
         "stage": stage,
         "mode": wandb.mode,
         "project": wandb.project,
@@ -144,7 +156,8 @@ def open_mirror(
         "group": group,
         "model": str(model) if model is not None else None,
         "pid": os.getpid(),
-    })  # fmt: skip
+    }
+    mirror = Mirror(start, scratch)
     exit_code, seconds = 1, min(wandb.timeout, _STOPPED_SECONDS)
     try:
         yield mirror

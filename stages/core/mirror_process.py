@@ -1,5 +1,7 @@
 """The process that talks to W&B: reads a stage's messages from stdin, one JSON object a line, until the stage ends.
 
+Its argument is a folder of the stage's for temporary files, which it removes: the stage may not live to do so.
+
 The first message says what the run is; then come `log`, `results`, `model`, and at last `end`. What goes wrong is said
 in one line on stderr, everything else that wandb prints is dropped. A run that W&B does not take stays on this disk,
 whole, for `wandb sync`.
@@ -15,7 +17,6 @@ import os
 import queue
 import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -88,7 +89,8 @@ def main() -> None:
     """Mirror one stage."""
     warnings = Warnings()
     run: Any = None
-    scratch: str | None = None
+    # wandb removes its temporary files when Python ends in the ordinary way, which this process does not.
+    scratch = os.environ["TMPDIR"] = sys.argv[1]
 
     def when_late() -> None:
         warnings.say("W&B did not take everything in time", _folder(run))
@@ -100,11 +102,9 @@ def main() -> None:
     os.dup2(silence, 2)
     start = inbox.first
     if "verb" in start:  # the stage was killed before it could say anything
-        end_now(0, None)
+        end_now(0, scratch)
     warnings.secret = prepare_environment(Path(start["folder"]))
     try:
-        # wandb removes its temporary files when Python ends in the ordinary way, which this process does not.
-        scratch = os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="driftline-wandb-")
         problem = unreachable(inbox.ended) if start["mode"] == "online" else None
         if start["mode"] == "online" and problem is None:
             try:
@@ -133,13 +133,12 @@ def _folder(run: Any) -> Path | None:
     return Path(run.dir).parent if run is not None else None
 
 
-def end_now(exit_code: int, scratch: str | None) -> NoReturn:
+def end_now(exit_code: int, scratch: str) -> NoReturn:
     """End this process and wandb's, and remove `scratch`: wandb's own way of ending may wait for the network."""
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
             child.kill()
-    if scratch:
-        shutil.rmtree(scratch, ignore_errors=True)
+    shutil.rmtree(scratch, ignore_errors=True)
     os._exit(exit_code)
 
 

@@ -14,10 +14,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from stages import drift, evaluate, train
 from stages.core.errors import InputError
+from stages.core.mirror import open_mirror
 from stages.core.params import load_params
 from tests.helpers import PATIENCE, ROOT, files, run, set_params, start, step_reached, wait_until
 from tests.wandb_runs import KEY, Run, bad_server, processes_of_wandb, read_run, run_folders, runs
@@ -68,6 +70,11 @@ def warnings_in(output: str) -> list[str]:
     return [line for line in output.splitlines() if "wandb" in line.lower() or "W&B" in line]
 
 
+def left_over() -> list[Path]:
+    """Temporary files, but for PyTorch's own."""
+    return [path for path in Path(os.environ["TMPDIR"]).iterdir() if not path.name.startswith("torchinductor")]
+
+
 @pytest.fixture
 def ready(packed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (packed / "home").mkdir()
@@ -76,6 +83,7 @@ def ready(packed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.setenv(name, value)
     with tempfile.TemporaryDirectory() as temporary:  # short: sockets lie in it
         monkeypatch.setenv("TMPDIR", temporary)
+        monkeypatch.setattr(tempfile, "tempdir", temporary)
         yield packed
         wait_until(lambda: not any(Path(temporary).glob("driftline-wandb-*")), 20)  # however the test's stages ended
 
@@ -140,7 +148,7 @@ def test_an_offline_run_holds_what_dvclive_holds(ready: Path, stage: Callable[..
     assert trained.config["model_sha256"] == evaluated.config["model_sha256"]
     assert trained.exit_code == evaluated.exit_code == 0
     wait_until(lambda: not processes_of_wandb(ready / "cache"))
-    assert not any(Path(os.environ["TMPDIR"]).iterdir())
+    assert not left_over()
 
 
 @pytest.mark.slow
@@ -295,6 +303,38 @@ def test_a_signal_ends_a_mirrored_run_in_time(mode: str, ready: Path) -> None:
     assert list((ready / "cache/checkpoints").glob("*/step-*.pt"))
     assert "Traceback" not in output
     wait_until(lambda: not processes_of_wandb(ready / "cache"))
+
+
+def test_a_process_that_hangs_is_ended_and_leaves_nothing(ready: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    params = load_params(train.Params)
+    wandb = params.wandb.model_copy(update={"mode": "offline", "timeout": 2})
+    with open_mirror("train", wandb, ready / "cache", params):
+        wait_until(lambda: _is_written(ready / "cache"))
+        processes = psutil.Process().children(recursive=True)
+        assert any("mirror_process" in " ".join(process.cmdline()) for process in processes)
+        for process in processes:
+            process.suspend()
+        assert any(Path(os.environ["TMPDIR"]).glob("driftline-wandb-*"))
+        begun = time.monotonic()
+    assert time.monotonic() - begun < PROMISED
+    assert "wandb: warning: W&B's process did not end in time and was ended" in capfd.readouterr().err
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert not alive
+    assert not left_over()
+
+
+def test_without_a_temporary_folder_nothing_is_mirrored(
+    ready: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    params = load_params(train.Params)
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(ready / "nowhere"))
+        wandb = params.wandb.model_copy(update={"mode": "offline"})
+        with open_mirror("train", wandb, ready / "cache", params) as mirror:
+            mirror.log(1, {"loss": 1.0})
+    (warning,) = warnings_in(capfd.readouterr().err)
+    assert "nowhere" in warning
+    assert warning.endswith("; this run is not mirrored")
 
 
 @pytest.mark.slow
