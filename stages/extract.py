@@ -25,7 +25,7 @@ from pydantic import Field
 from stages.core import sample
 from stages.core.archive import Limits, open_image_set
 from stages.core.download import check, fetch
-from stages.core.errors import InputError
+from stages.core.errors import InputError, where_dvc_has_it
 from stages.core.image import check_is_image
 from stages.core.output import replace_directory, write_json
 from stages.core.parallel import parallel_map
@@ -219,6 +219,8 @@ def _locate(value: str, key: str, md5: str | None, sha256: str | None, downloads
     if path.is_file():
         check(path, md5=md5, sha256=sha256, key_prefix=key_prefix)
         return path
+    if kept := where_dvc_has_it(path):
+        raise InputError(f"params.yaml: data.{key}: {value!r} is not here{kept}")
     names = ("sample", *NAMED_SOURCES) if key == "source" else tuple(NAMED_SOURCES)
     close = difflib.get_close_matches(value, names, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 # What the machine refuses, and what to do: no defect of ours.
@@ -25,6 +26,14 @@ _MACHINE = {
 
 class InputError(ValueError):
     """Something the user gave is wrong: the message names the file or key, what is wrong and what to do."""
+
+
+def where_dvc_has_it(path: Path) -> str:
+    """What a message about a file that is not there ends with: how to get it, if DVC keeps it; else nothing."""
+    pointer = path.with_name(f"{path.name}.dvc")
+    if not pointer.is_file():
+        return ""
+    return f"; DVC keeps it: `make pull` or `dvc checkout {pointer}` (`dvc exp run --temp` has it if no stage is named)"
 
 
 class Stopped(Exception):  # noqa: N818  # no error: somebody asked for it

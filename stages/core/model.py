@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stages.core.errors import InputError
+from stages.core.errors import InputError, where_dvc_has_it
 from stages.core.output import check_unaltered, disk_errors, replace_directory, sha256_of, write_json
 from stages.core.params import Section
 from stages.core.recipe import ModelParams
@@ -58,7 +58,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     """Load a state dict (.safetensors, or .pt/.pth without code in it); a head for other classes stays fresh."""
     where = f"params.yaml: model.weights: {path}"
     if not path.is_file():
-        raise InputError(f"{where}: no such file")
+        raise InputError(f"{where}: no such file{where_dvc_has_it(path)}")
     try:
         loaded = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (SafetensorError, RuntimeError, ValueError, EOFError, KeyError, OSError) as error:

@@ -205,6 +205,11 @@ def test_a_source_with_names_of_extra_images_is_refused(workspace: Path, tmp_pat
     run_stage(workspace, data__source=str(write_files(tmp_path / "images", image_files())))
     with pytest.raises(InputError, match=r"data\.extra: 'sample' is no file or folder here"):
         run_stage(workspace, data__extra="sample")
+    (tmp_path / "more.tar.dvc").touch()
+    with pytest.raises(
+        InputError, match=r"data\.extra: .*/more\.tar' is not here; DVC keeps it: `make pull` or `dvc ch"
+    ):
+        run_stage(workspace, data__extra=str(tmp_path / "more.tar"))
     write_files(tmp_path / "images", {"train/cat/extra-0.jpg": encoded(picture())})
     with pytest.raises(InputError, match=r"train/cat/extra-0\.jpg: no image of data\.source"):
         run_stage(workspace, data__extra=None)

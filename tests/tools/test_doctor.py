@@ -356,6 +356,8 @@ def test_what_experiments_in_another_folder_would_not_find(here: Path) -> None:
     set_params(here / "params.yaml", {"data.source": "data/pets"})
     found = repository.untracked()
     finds(found, "warn", "data.source of params.yaml: a relative path", f"-S data.source={here}/data/pets")
+    (here / "data/pets.dvc").touch()  # dvc checks it out in the experiment's folder, too
+    finds(repository.untracked(), "ok", "every file that is not ignored is tracked")
 
 
 def test_a_stale_lock(small: Path) -> None:

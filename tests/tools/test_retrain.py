@@ -26,11 +26,11 @@ from PIL import Image
 from stages.core.archive import Limits
 from stages.core.corruptions import corrupt
 from stages.core.dataset import load_meta, load_split
-from stages.core.download import file_hash
 from stages.core.errors import InputError
 from stages.core.params import load_params
 from tests.helpers import (
     PATIENCE,
+    ROOT,
     encoded,
     files,
     image_files,
@@ -41,7 +41,7 @@ from tests.helpers import (
     wait_until,
     write_files,
 )
-from tools.retrain import experiment, labelled
+from tools.retrain import experiment, kept, labelled
 from tools.retrain.judgement import Accuracies, doubt, objection
 from tools.retrain.params import Params, RetrainParams
 
@@ -157,26 +157,6 @@ def test_the_archive_is_named_by_its_content_and_keeps_earlier_images(tmp_path: 
     assert members(both.path) == members(one.path) | {"val/dog/01234567-0.jpg": b"earlier"}
     assert {Path(name).name[:9] for name in members(one.path)} == {f"{first.key}-"}
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == sorted([one.path.name, both.path.name])
-
-
-def test_two_clones_that_share_a_cache_write_an_archive_each(tmp_path: Path) -> None:
-    """The second begins and ends while the first is at it."""
-    cache = tmp_path / "cache"
-    second: list[labelled.Archive] = []
-
-    def read() -> bytes:
-        second.append(labelled.write_archive(labelled.LabelledSet("b", "b" * 8, [image("2.jpg", b"two")]), [], cache))
-        return b"one"
-
-    def image(name: str, content: bytes) -> labelled.LabelledImage:
-        return labelled.LabelledImage("train", "cat", name, lambda: content)
-
-    slow = [labelled.LabelledImage("train", "cat", "1.jpg", read), image("3.jpg", b"three" * 10_000)]
-    first = labelled.write_archive(labelled.LabelledSet("a", "a" * 8, slow), [], cache)
-    assert {path.name for path in cache.iterdir()} == {archive.path.name for archive in (first, *second)}
-    for archive in (first, *second):
-        assert file_hash(archive.path, "sha256") == archive.sha256
-    assert members(second[0].path) == {f"train/cat/{'b' * 8}-2.jpg": b"two"}
 
 
 def test_an_archive_that_fails_leaves_nothing(tmp_path: Path) -> None:
@@ -475,6 +455,52 @@ def test_nothing_is_promoted_over_work_that_was_done_meanwhile(
     assert experiment.finish_promotion() is None
 
 
+def test_the_pointers_are_those_of_dvc_add_and_the_workspace_stays_as_it_was(small: Path, tmp_path: Path) -> None:
+    written = {"old.tar.dvc": b"outs: []\n", "new ä.tar": b"images", "b.safetensors": b""}
+    write_files(small / "retrain", {".gitignore": (ROOT / "retrain/.gitignore").read_bytes()} | written)
+    run(small, "git", "add", "-A")
+    run(small, "git", "commit", "-qm", "before")
+    tree = kept.tree_with_pointers("HEAD", [Path("retrain/new ä.tar"), Path("retrain/b.safetensors")], tmp_path)
+    assert run(small, "git", "status", "--porcelain").stdout == ""
+    changes = run(
+        small, "git", "-c", "core.quotePath=off", "diff", "--name-status", "--no-renames", "HEAD", tree
+    ).stdout
+    assert changes == "A\tretrain/b.safetensors.dvc\nA\tretrain/new ä.tar.dvc\nD\tretrain/old.tar.dvc\n"
+    assert not any(tmp_path.glob("tmp*"))
+    for name in ("new ä.tar", "b.safetensors"):
+        run(small, "dvc", "add", "--quiet", f"retrain/{name}")
+        assert run(small, "git", "show", f"{tree}:retrain/{name}.dvc").stdout == Path(f"retrain/{name}.dvc").read_text()
+
+
+def test_a_promotion_hands_its_files_to_dvc_and_the_next_one_takes_their_place(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(repository)
+
+    def git(*words: str) -> str:
+        return run(repository, "git", *words).stdout.strip()
+
+    for number in ("1", "2"):
+        head = git("rev-parse", "HEAD")
+        write_files(repository, {"note.txt": number.encode(), f"retrain/{number}.tar": number.encode()})
+        git("add", "note.txt")
+        git("commit", "-qm", "experiment")
+        made = git("rev-parse", "HEAD")
+        git("reset", "-q", "--hard", head)
+        needed = [Path(f"retrain/{number}.tar")]
+        with experiment.only_run():
+            assert experiment.promote(head, made, "message", {"experiment": "x"}, needed)["tag"]
+            experiment.forget_promotion()
+        assert git("status", "--porcelain") == ""
+        assert {path.name for path in Path("retrain").iterdir()} == {".gitignore", f"{number}.tar", f"{number}.tar.dvc"}
+        needed[0].unlink()
+        run(repository, "dvc", "checkout", "--quiet")
+        assert needed[0].read_text() == number
+    git("reset", "-q", "--hard", "HEAD~1")
+    run(repository, "dvc", "checkout", "--quiet", "retrain/1.tar.dvc")
+    assert Path("retrain/1.tar").read_text() == "1"
+
+
 # --- the whole loop -----------------------------------------------------------------------------------------------
 
 CLASSES = ("bars", "checks", "rungs", "slants")
@@ -571,14 +597,17 @@ def test_harmful_drift_ends_in_a_promoted_model(promoted: Path, at_work: Path, t
     assert summary["recovered_share"] >= 0.7
     assert summary["clean_loss"] <= 0.02
     assert (found["num_clean"], found["num_drifted"]) == (400, summary["labelled"]["num_held_out"])
-    # one commit, of exactly what the experiment made; the workspace is what it says
+    # one commit, of exactly what the experiment made and what DVC keeps; the workspace is what it says
 
     def git(*words: str) -> str:
         return run(promoted, "git", *words).stdout.strip()
 
     assert git("rev-list", "--count", f"{summary['commit_before']}..HEAD") == "1"
     assert git("rev-parse", "HEAD") == summary["commit"] == git("rev-parse", "classifier@v0.0.1^{commit}")
-    assert tree(promoted) == git("rev-parse", f"{summary['experiment_commit']}^{{tree}}")
+    needed = [summary["overrides"][key] for key in ("data.extra", "model.weights")]
+    assert git("diff", "--name-only", summary["experiment_commit"], "HEAD").split() == [
+        f"{name}.dvc" for name in needed
+    ]
     assert git("status", "--porcelain") == ""
     assert run(promoted, "dvc", "status").stdout.strip() == "Data and pipelines are up to date."
     assert summary["experiment"] in run(promoted, "dvc", "exp", "list", "--name-only", "--rev", "HEAD~1").stdout
@@ -588,6 +617,33 @@ def test_harmful_drift_ends_in_a_promoted_model(promoted: Path, at_work: Path, t
     assert "retrain: nothing to do: " in again.stdout
     assert json.loads((tmp_path / "again.json").read_text())["decision"] == "nothing to do"
     assert state(promoted) == before
+
+
+@pytest.mark.slow
+def test_another_clone_pulls_what_a_retraining_started_from_and_makes_the_same(promoted: Path, tmp_path: Path) -> None:
+    summary = json.loads((promoted.parent / "summary.json").read_text())
+    run(promoted, "dvc", "remote", "add", "--local", "--default", "--force", "store", str(tmp_path / "store"))
+    run(promoted, "dvc", "push", "--quiet")
+    run(tmp_path, "git", "clone", "--quiet", str(promoted), "clone")
+    clone = tmp_path / "clone"
+    run(clone, "dvc", "remote", "add", "--local", "--default", "store", str(tmp_path / "store"))
+    refused = run(clone, "dvc", "repro", "--quiet", check=False)
+    assert refused.returncode != 0
+    assert (
+        summary["overrides"]["model.weights"] in refused.stderr or summary["overrides"]["data.extra"] in refused.stderr
+    )
+    run(clone, "python", "-m", "tools.remote", "pull")
+    for stage in ("extract", "preprocess", "train"):
+        run(clone, "dvc", "repro", "--quiet", "--force", "--single-item", stage)
+    assert run(clone, "git", "status", "--porcelain").stdout == ""
+    # an experiment in a folder of its own finds the files, too, unless dvc is told to look after one stage only
+    again = ("dvc", "exp", "run", "--temp", "-S", "data.max_files=1000000")
+    assert "Running stage 'extract'" in run(clone, *again).stdout
+    named = run(clone, *again, "--force", "extract", check=False)
+    assert named.returncode != 0
+    extra = summary["overrides"]["data.extra"]
+    assert f"data.extra: '{extra}' is not here; DVC keeps it: `make pull` or `dvc checkout {extra}.dvc`" in named.stderr
+    assert run(clone, "git", "status", "--porcelain").stdout == ""
 
 
 @pytest.mark.slow

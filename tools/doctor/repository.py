@@ -144,7 +144,7 @@ def _untracked_files() -> list[str]:
 
 
 def _relative_paths() -> list[tuple[str, Path]]:
-    """Settings that name a file by a path that starts here."""
+    """Settings that name a file by a path that starts here, and that DVC does not check out everywhere."""
     from stages.core.params import read_params
 
     params = read_params()
@@ -152,7 +152,9 @@ def _relative_paths() -> list[tuple[str, Path]]:
     for key in ("data.source", "data.extra", "model.weights"):
         section, name = key.split(".")
         value = (params.get(section) or {}).get(name)
-        if isinstance(value, str) and not Path(value).is_absolute() and Path(value).exists():
+        if not isinstance(value, str) or Path(value).is_absolute() or Path(f"{value}.dvc").exists():
+            continue
+        if Path(value).exists():
             found.append((key, Path(value)))
     return found
 

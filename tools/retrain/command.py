@@ -20,7 +20,6 @@ import hashlib
 import json
 import re
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,9 +31,8 @@ from stages.core.dataset import load_meta
 from stages.core.errors import InputError
 from stages.core.output import write_bytes, write_json
 from stages.core.params import load_params
-from stages.core.runtime import RuntimeParams, cache_dir
 from tools.monitor import command as monitor
-from tools.retrain import experiment, labelled
+from tools.retrain import experiment, kept, labelled
 from tools.retrain.params import Params
 from tools.shared import process
 from tools.shared.process import run_tool
@@ -96,7 +94,7 @@ def _retrain(
         )
         before = {"clean_before": clean, "drifted_before": drifted}
         return summary | {"decision": "not promoted", "reason": no_damage, "accuracy": before}
-    overrides = _overrides(summary["start"], params, images, head)
+    overrides, needed = _overrides(summary["start"], params, images, head)
     name = experiment.experiment_name(head, overrides)
     print(
         f"retrain: {num_train:,} labelled images to train on, {num_held_out:,} held out (top-1 {drifted:.4f}, "
@@ -110,7 +108,7 @@ def _retrain(
         "limits": {key: getattr(params.retrain, key) for key in ("min_recovered", "max_clean_loss")},
     }
     try:
-        commit = experiment.run_experiment(name, head, overrides, lock)
+        commit = experiment.run_experiment(name, head, overrides, lock, needed)
         new = scratch / "new"
         experiment.fetch(commit, [CLASSIFIER, DETECTOR], new)
     except experiment.ExperimentError as error:
@@ -145,7 +143,7 @@ def _retrain(
         reason += f", but {confirmation['num_images']} images leave it open whether it is: {_numbers(confirmation)}"
     message = f"Retrain on drifted images\n\n{reason}.\nExperiment {name}, images of {Path(images.origin).name}."
     try:
-        return experiment.promote(head, commit, message, summary | {"decision": "promoted", "reason": reason})
+        return experiment.promote(head, commit, message, summary | {"decision": "promoted", "reason": reason}, needed)
     except experiment.ExperimentError as error:
         return summary | {"decision": "not promoted", "reason": str(error)}
 
@@ -203,29 +201,26 @@ def _ask_monitor(
 
 def _overrides(
     start: Literal["current", "scratch"], params: Params, images: labelled.LabelledSet, head: str
-) -> dict[str, experiment.Value]:
-    """What the experiment changes of params.yaml; writes the files that these name."""
+) -> tuple[dict[str, experiment.Value], list[Path]]:
+    """What the experiment changes of params.yaml, and the files that these name, which are written."""
     present = labelled.current_extra() if params.data.extra is not None else []
-    folder = cache_dir(params.runtime) / "retrain"
-    archive = labelled.write_archive(images, present, folder)
+    archive = labelled.write_archive(images, present, kept.FOLDER)
     overrides: dict[str, experiment.Value] = {
-        "data.extra": _portable(archive.path, params.runtime),
+        "data.extra": archive.path.as_posix(),
         "data.extra_sha256": archive.sha256,
     }
     if start == "scratch":
-        return overrides | _recipe_from_scratch(head)
+        return overrides | _recipe_from_scratch(head), [archive.path]
     weights = (Path(CLASSIFIER) / "model.safetensors").read_bytes()
-    copy = folder / f"weights-{hashlib.sha256(weights).hexdigest()[:16]}.safetensors"
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".weights-") as scratch:  # another clone may write the same
-        write_bytes(Path(scratch) / copy.name, weights)
-        (Path(scratch) / copy.name).replace(copy)
+    copy = kept.FOLDER / f"weights-{hashlib.sha256(weights).hexdigest()[:16]}.safetensors"
+    write_bytes(copy, weights)
     return overrides | {
-        "model.weights": _portable(copy, params.runtime),
+        "model.weights": copy.as_posix(),
         "model.pretrained": False,
         "train.epochs": params.retrain.epochs,
         "train.lr": params.retrain.lr,
         "train.warmup_epochs": params.retrain.warmup_epochs,
-    }
+    }, [archive.path, copy]
 
 
 def _recipe_from_scratch(head: str) -> dict[str, experiment.Value]:
@@ -238,13 +233,6 @@ def _recipe_from_scratch(head: str) -> dict[str, experiment.Value]:
         )
     keys = ("model.weights", "model.pretrained", "train.epochs", "train.lr", "train.warmup_epochs")
     return {key: original[section][name] for key in keys for section, name in [key.split(".")]}
-
-
-def _portable(path: Path, runtime: RuntimeParams) -> str:
-    """A path below the cache as params.yaml should have it: with its ~, where `runtime.cache_dir` has one."""
-    if runtime.cache_dir.startswith("~"):
-        return f"{runtime.cache_dir}/{path.relative_to(cache_dir(runtime)).as_posix()}"
-    return str(path)
 
 
 # --- words --------------------------------------------------------------------------------------------------------

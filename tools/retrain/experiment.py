@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from stages.core.errors import InputError, Stopped
 from stages.core.output import write_json
 from tools.registry import command as registry
 from tools.registry import revision
+from tools.retrain import kept
 from tools.shared import committed
 from tools.shared.commands import dvc, environment, git
 from tools.shared.process import signals_held
@@ -110,8 +111,8 @@ def experiment_name(head: str, overrides: Mapping[str, Value]) -> str:
     return f"retrain-{digest.hexdigest()[:12]}"
 
 
-def run_experiment(name: str, head: str, overrides: Mapping[str, Value], lock: int) -> str:
-    """Run the pipeline with changed params in a folder of dvc's; returns the experiment's commit.
+def run_experiment(name: str, head: str, overrides: Mapping[str, Value], lock: int, needed: Sequence[Path] = ()) -> str:
+    """Run the pipeline with changed params in a folder of dvc's, which gets the files `needed`; returns its commit.
 
     One that has ended is reused; one that was killed goes on from its checkpoint. Raises ExperimentError when a stage
     fails, Stopped when dvc was killed. Where only this process is told to stop, dvc goes on and keeps the lock.
@@ -123,7 +124,8 @@ def run_experiment(name: str, head: str, overrides: Mapping[str, Value], lock: i
     _remove_leftovers(overrides)
     write_json(_OVERRIDES, dict(overrides))
     settings = [word for key, value in overrides.items() for word in ("-S", f"{key}={_quoted(value)}")]
-    command = [sys.executable, "-m", "dvc", "exp", "run", "--temp", "--name", name, *settings]
+    copied = [word for path in needed for word in ("--copy-paths", str(path))]
+    command = [sys.executable, "-m", "dvc", "exp", "run", "--temp", "--name", name, *copied, *settings]
     process: subprocess.Popen[bytes] | None = None
     try:
         with signals_held():
@@ -177,24 +179,27 @@ def _quoted(value: Value) -> str:
 # --- promotion ----------------------------------------------------------------------------------------------------
 
 
-def promote(head: str, experiment: str, message: str, facts: dict[str, Any]) -> dict[str, Any]:
+def promote(
+    head: str, experiment: str, message: str, facts: dict[str, Any], needed: Sequence[Path] = ()
+) -> dict[str, Any]:
     """Make the experiment the state of the branch: commit, data and models, tag. Returns `facts` with these named.
 
-    The commit is made of the experiment's own tree, so that it holds exactly what was evaluated. Call
-    `forget_promotion` when the result is reported. Raises ExperimentError when somebody worked here meanwhile.
+    The commit is made of the experiment's own tree, so that it holds exactly what was evaluated, and of .dvc files for
+    what was `needed`. Call `forget_promotion` when the result is reported. Raises ExperimentError when somebody worked
+    here meanwhile.
     """
     moved, changed = git("rev-parse", "HEAD") != head, committed.changed_files()
     if moved or changed:
         what = "HEAD moved" if moved else f"{', '.join(changed[:5])} changed"
         raise ExperimentError(f"{what} while the experiment ran; commit or undo that, and run the same command again")
-    added = git("diff", "--name-only", "--no-renames", "--diff-filter=A", "-z", head, experiment, strip=False)
+    _STATE.mkdir(parents=True, exist_ok=True)
+    tree = kept.tree_with_pointers(experiment, needed, _STATE)
+    added = git("diff", "--name-only", "--no-renames", "--diff-filter=A", "-z", head, tree, strip=False)
     if in_the_way := [name for name in added.split("\0") if name and Path(name).exists()]:
         raise ExperimentError(
             f"{', '.join(in_the_way[:5])}: not tracked by git, and in the way; move it and run this again"
         )
-    tree = git("rev-parse", f"{experiment}^{{tree}}")
     commit = git("commit-tree", tree, "-p", head, "-m", message)
-    _STATE.mkdir(parents=True, exist_ok=True)
     write_json(_PROMOTION, {"head": head, "commit": commit, "facts": facts})
     finished = finish_promotion()
     assert finished is not None
@@ -216,7 +221,9 @@ def finish_promotion() -> dict[str, Any] | None:
         print(f"retrain: HEAD has moved since the promotion of {facts['experiment']} was broken off", flush=True)
         forget_promotion()
         return None
+    kept.into_cache()
     dvc("checkout", "--force", "--quiet")
+    kept.remove_superseded(before, commit)
     return facts | {"commit": commit, "tag": registry.register_commit(commit).tag}
 
 

@@ -10,7 +10,6 @@ import hashlib
 import io
 import os
 import tarfile
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -147,8 +146,8 @@ def write_archive(labelled: LabelledSet, present: list[LabelledImage], folder: P
     new = [image._replace(file_name=f"{labelled.key}-{image.file_name}") for image in labelled.images]
     by_name = {image[:3]: image for image in [*present, *new]}
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".labelled-") as scratch:  # other clones write here, too
-        temporary = Path(scratch) / "new.tar"
+    temporary = folder / ".labelled.tar.new"
+    try:
         with temporary.open("wb") as file:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
                 for name, image in sorted(by_name.items()):
@@ -162,6 +161,8 @@ def write_archive(labelled: LabelledSet, present: list[LabelledImage], folder: P
         sha256 = file_hash(temporary, "sha256")
         path = folder / f"labelled-{sha256[:16]}.tar"
         temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return Archive(path, sha256)
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from stages.core.errors import InputError, Stopped
 from tools.shared import process
 
 
-def git(*arguments: str, check: bool = True, strip: bool = True) -> str:
-    """What git prints; with `check` off, nothing when it fails."""
-    output = _run(["git", *arguments], check)
+def git(*arguments: str, check: bool = True, strip: bool = True, index: Path | None = None) -> str:
+    """What git prints; with `check` off, nothing when it fails. `index` is a file in place of the repository's own."""
+    output = _run(["git", *arguments], check, {} if index is None else {"GIT_INDEX_FILE": str(index.absolute())})
     return output.strip() if strip else output
 
 
@@ -32,9 +33,9 @@ def environment() -> dict[str, str]:
     return inherited | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
 
 
-def _run(command: list[str], check: bool = True) -> str:
+def _run(command: list[str], check: bool = True, variables: Mapping[str, str] | None = None) -> str:
     """What a program prints; InputError with its own words when it fails."""
-    result = process.run(command, environment())
+    result = process.run(command, environment() | dict(variables or {}))
     if result.returncode < 0:
         raise Stopped(f"{command[0]} was ended by a signal; run the same command again", -result.returncode)
     if result.returncode and check:

@@ -104,6 +104,15 @@ def test_files_that_are_no_state_dict_are_refused(name: str, tmp_path: Path) -> 
             model.create(params(weights=str(path)), 3, 0)
 
 
+def test_weights_that_are_missing_are_named_and_dvc_may_have_them(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    with pytest.raises(InputError, match=r"model\.weights: .*w\.safetensors: no such file$"):
+        model.create(params(weights=str(path)), 3, 0)
+    (tmp_path / "w.safetensors.dvc").touch()
+    with pytest.raises(InputError, match=r"no such file; DVC keeps it: .*`dvc checkout .*/w\.safetensors\.dvc`"):
+        model.create(params(weights=str(path)), 3, 0)
+
+
 class Evil:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return (Path.touch, ("/tmp/evil",))
