@@ -15,7 +15,8 @@ from stages.core.archive import Limits, open_image_set
 from stages.core.errors import InputError
 from stages.core.packing import Geometry
 from tests.helpers import image_files, run, write_files
-from tools.benchmark.scenarios import Drop, Scenario, faults
+from tools.benchmark.retrain import selected
+from tools.benchmark.scenarios import SCENARIOS, Drop, Scenario, faults
 from tools.benchmark.unseen import UnseenOfArchive, hold_back
 
 COMMAND = (sys.executable, "-m", "tools.benchmark.retrain")
@@ -60,6 +61,14 @@ def test_the_truth_says_what_the_monitor_may_say(value: float, verdicts: set[str
     assert {*Drop(value, error=0.01, limit=0.05).verdicts} == verdicts
 
 
+def test_scenarios_come_in_the_order_of_the_words_and_once_each() -> None:
+    assert selected(None) == list(SCENARIOS)
+    names = [each.name for each in selected("wrong labels,clean images,labels of clean")]
+    clean = [f"clean images {number}" for number in (1, 2, 3)]
+    assert names == ["brightness 4, wrong labels", *clean, "darkness 4, labels of clean images"]
+    assert len(selected("darkness 4,killed")) == 5
+
+
 HARM, LEFT = Drop(0.3, error=0.01, limit=0.05), {"HEAD": "a", "tags": "", "changes": "", "stale": ""}
 
 
@@ -93,7 +102,7 @@ def test_what_came_of_a_scenario_is_held_against_what_must(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--only", "nono"], "--only nono: no scenario is named so"),
+        (["--only", "clean,nono"], "--only clean,nono: no scenario is named 'nono'"),
         (["--data", "no/such.tgz"], "--data: no/such.tgz: no such file or folder"),
         (["--data", ".", "--recipe", "nono"], "recipes/nono.yaml: no such recipe"),
         (["trian.lr=0.1"], "did you mean 'train.lr'?"),

@@ -1,7 +1,7 @@
 """Does retraining do what it should, whatever comes? 32 scenarios, each in a clone of its own.
 
     python -m tools.benchmark.retrain                     all of them (1 to 2 hours on 2 cores)
-    python -m tools.benchmark.retrain --only clean,label  those whose names contain one of these
+    python -m tools.benchmark.retrain --only clean,label  those whose names contain one of these, in this order
     python -m tools.benchmark.retrain --out FILE.json     every number
     python -m tools.benchmark.retrain --data imagenette2-160.tgz --recipe imagenette160 [section.key=value ...]
 
@@ -44,10 +44,7 @@ _PATIENCE = 3600  # seconds for training to begin
 
 def main(arguments: argparse.Namespace) -> int:
     """Run the scenarios, print a table."""
-    wanted = arguments.only.split(",") if arguments.only else [""]
-    scenarios = [each for each in SCENARIOS if any(word in each.name for word in wanted)]
-    if not scenarios:
-        raise InputError(f"--only {arguments.only}: no scenario is named so ({'; '.join(s.name for s in SCENARIOS)})")
+    scenarios = selected(arguments.only)
     rehearsal.check_repository()
     results = []
     with tempfile.TemporaryDirectory(prefix="benchmark-retrain-", ignore_cleanup_errors=True) as name:
@@ -67,6 +64,17 @@ def main(arguments: argparse.Namespace) -> int:
     print(f"\n{as_it_should} of {len(results)} ended as they should", end="")
     print(f"; of what was lost, {min(recovered):.0%} at least was won back" if recovered else "")
     return 0 if as_it_should == len(results) else 1
+
+
+def selected(only: str | None) -> list[Scenario]:
+    """The scenarios that `--only` asks for, in the order of its words; InputError for a word that none is named by."""
+    scenarios: dict[Scenario, None] = {}
+    for word in (only or "").split(","):
+        some = [each for each in SCENARIOS if word in each.name]
+        if not some:
+            raise InputError(f"--only {only}: no scenario is named {word!r} ({'; '.join(s.name for s in SCENARIOS)})")
+        scenarios |= dict.fromkeys(some)
+    return [*scenarios]
 
 
 def _unseen_images(arguments: argparse.Namespace, scratch: Path) -> tuple[UnseenImages, overrides.Settings]:
@@ -258,7 +266,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tools.benchmark.retrain", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--only", help="words of scenarios' names, with commas between")
+    parser.add_argument("--only", help="words of scenarios' names, with commas between, in this order")
     parser.add_argument("--production", type=int, default=100, help="images a batch (100)")
     parser.add_argument("--labelled", type=int, default=1000, help="labelled images (1000)")
     parser.add_argument("--data", help="archive or folder with train/<class>/*, val/<class>/* (the generated sample)")
