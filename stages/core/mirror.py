@@ -67,19 +67,23 @@ class NoMirror:
 class Mirror:
     """Passes on what a stage records. No method waits but `close`, and none raises because of W&B."""
 
-    def __init__(self, start: dict[str, Any], scratch: str) -> None:
-        """Start the process; its temporary files go into the folder `scratch`, which `close` removes."""
-        self._scratch = scratch
+    def __init__(self, start: dict[str, Any]) -> None:
+        """Start the process, with a folder for its temporary files. OSError when the machine has no room for either."""
         root = str(Path(__file__).parents[2])
         paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         self._messages: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        self._process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", _PROCESS, scratch],
-            env=os.environ | {"PYTHONPATH": paths},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for the stage, which then says how it ended
-        )
+        self._scratch = tempfile.mkdtemp(prefix="driftline-wandb-")  # a short path: sockets lie in it
+        try:
+            self._process = subprocess.Popen(  # noqa: S603
+                [sys.executable, "-m", _PROCESS, self._scratch],
+                env=os.environ | {"PYTHONPATH": paths},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for the stage, which then says how it ended
+            )
+        except OSError:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            raise
         self._messages.put(start)
         self._sender = threading.Thread(target=self._send, daemon=True)
         self._sender.start()
@@ -139,12 +143,6 @@ def open_mirror(
     if wandb.mode == "disabled":
         yield NoMirror()
         return
-    try:
-        scratch = tempfile.mkdtemp(prefix="driftline-wandb-")  # short: sockets lie in it
-    except OSError as error:
-        print(f"wandb: warning: {error}; this run is not mirrored", file=sys.stderr)
-        yield NoMirror()
-        return
     start = {
         "stage": stage,
         "mode": wandb.mode,
@@ -157,7 +155,12 @@ def open_mirror(
         "model": str(model) if model is not None else None,
         "pid": os.getpid(),
     }
-    mirror = Mirror(start, scratch)
+    try:
+        mirror = Mirror(start)
+    except OSError as error:  # no place for temporary files, no process left
+        print(f"wandb: warning: {error}; this run is not mirrored", file=sys.stderr)
+        yield NoMirror()
+        return
     exit_code, seconds = 1, min(wandb.timeout, _STOPPED_SECONDS)
     try:
         yield mirror
@@ -173,6 +176,8 @@ def _kill(pid: int) -> None:
     """End a process and those that it started (wandb-core has a session of its own)."""
     with suppress(psutil.Error):
         process = psutil.Process(pid)
-        for one in [*process.children(recursive=True), process]:
+        children = process.children(recursive=True)
+        for one in [*children, process]:
             with suppress(psutil.Error):
                 one.kill()
+        psutil.wait_procs(children, timeout=0.2)  # until then they may write

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -310,10 +311,11 @@ def test_a_process_that_hangs_is_ended_and_leaves_nothing(ready: Path, capfd: py
     wandb = params.wandb.model_copy(update={"mode": "offline", "timeout": 2})
     with open_mirror("train", wandb, ready / "cache", params):
         wait_until(lambda: _is_written(ready / "cache"))
-        processes = psutil.Process().children(recursive=True)
-        assert any("mirror_process" in " ".join(process.cmdline()) for process in processes)
-        for process in processes:
-            process.suspend()
+        (process,) = (one for one in psutil.Process().children() if "mirror_process" in " ".join(one.cmdline()))
+        processes = [process, *process.children(recursive=True)]
+        for one in processes:
+            with suppress(psutil.NoSuchProcess):  # wandb asks git now and then
+                one.suspend()
         assert any(Path(os.environ["TMPDIR"]).glob("driftline-wandb-*"))
         begun = time.monotonic()
     assert time.monotonic() - begun < PROMISED
@@ -323,18 +325,20 @@ def test_a_process_that_hangs_is_ended_and_leaves_nothing(ready: Path, capfd: py
     assert not left_over()
 
 
-def test_without_a_temporary_folder_nothing_is_mirrored(
+def test_where_the_process_cannot_be_started_nothing_is_mirrored(
     ready: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     params = load_params(train.Params)
-    with monkeypatch.context() as patch:
-        patch.setattr(tempfile, "tempdir", str(ready / "nowhere"))
-        wandb = params.wandb.model_copy(update={"mode": "offline"})
-        with open_mirror("train", wandb, ready / "cache", params) as mirror:
-            mirror.log(1, {"loss": 1.0})
-    (warning,) = warnings_in(capfd.readouterr().err)
-    assert "nowhere" in warning
-    assert warning.endswith("; this run is not mirrored")
+    wandb = params.wandb.model_copy(update={"mode": "offline"})
+    for place, name, value in ((tempfile, "tempdir", str(ready / "nowhere")), (sys, "executable", "nowhere/python")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, value)
+            with open_mirror("train", wandb, ready / "cache", params) as mirror:
+                mirror.log(1, {"loss": 1.0})
+        (warning,) = warnings_in(capfd.readouterr().err)
+        assert "nowhere" in warning
+        assert warning.endswith("; this run is not mirrored")
+        assert not left_over()
 
 
 @pytest.mark.slow
