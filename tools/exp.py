@@ -97,7 +97,8 @@ def main(arguments: argparse.Namespace) -> int:
     command += [f"--{name}" for name in ("temp", "force") if getattr(arguments, name)]
     for option in ("name", "message"):
         command += [f"--{option}", value] if (value := getattr(arguments, option)) else []
-    command += [*found.words, *(word for word in arguments.words if word not in words)]
+    stages = [word for word in arguments.words if word not in words]
+    command += [*found.words, *stages, *(dvc_queue.pointers() if stages and (queued or arguments.temp) else [])]
     print(f"exp: dvc {shlex.join(command)}", flush=True)
     if arguments.dry:
         return 0

@@ -356,14 +356,22 @@ def test_a_killed_dvc_leaves_no_overrides_behind(repository: Path, monkeypatch: 
 
 def break_off(repository: Path, at: str, facts: dict[str, Any]) -> str:
     """Leave a promotion as it is when it is killed at some point; returns the commit that was to be promoted."""
+    write_files(repository, {"retrain/labelled-old.tar": b"old"})
+    run(repository, "dvc", "add", "-q", "retrain/labelled-old.tar")
+    run(repository, "git", "add", "-A")
+    run(repository, "git", "commit", "-qm", "an earlier retraining")
     head = run(repository, "git", "rev-parse", "HEAD").stdout.strip()
     set_params(repository / "params.yaml", {"evaluate.num_bins": 10})
     run(repository, "dvc", "repro", "evaluate")
     (repository / "new.txt").write_text("added by the experiment")
+    run(repository, "git", "rm", "-q", "retrain/labelled-old.tar.dvc")
+    write_files(repository, {"retrain/labelled-new.tar": b"new"})
+    run(repository, "dvc", "add", "-q", "retrain/labelled-new.tar")
     run(repository, "git", "add", "-A")
     run(repository, "git", "commit", "-qm", "experiment")
     commit = run(repository, "git", "rev-parse", "HEAD").stdout.strip()
     run(repository, "git", "reset", "-q", "--hard", head)
+    (repository / "retrain/labelled-new.tar").write_text("overwritten meanwhile")
     whole = run(repository, "git", "show", f"{commit}:params.yaml").stdout
     (repository / ".dvc/tmp/retrain").mkdir(parents=True, exist_ok=True)
     (repository / ".dvc/tmp/retrain/promotion.json").write_text(
@@ -372,6 +380,8 @@ def break_off(repository: Path, at: str, facts: dict[str, Any]) -> str:
     if at == "half-written":
         (repository / "params.yaml").write_text(whole[: len(whole) // 2])
         (repository / "new.txt").write_text("added by")
+        (repository / "retrain/labelled-new.tar.dvc").write_text("outs:")
+        (repository / "retrain/labelled-new.tar").unlink()
         (repository / "dvc.lock").unlink()
     elif at != "before":
         run(repository, "git", "merge", "--ff-only", "-q", commit)
@@ -397,6 +407,8 @@ def test_a_promotion_that_was_broken_off_is_finished(
     assert run(repository, "git", "tag").stdout.split() == ["classifier@v0.0.1"]
     assert run(repository, "git", "status", "--porcelain").stdout == ""
     assert run(repository, "dvc", "status", "train", "evaluate").stdout.strip() == "Data and pipelines are up to date."
+    kept_now = files(repository / "retrain")
+    assert {name: kept_now[name] for name in kept_now if name.endswith(".tar")} == {"labelled-new.tar": b"new"}
 
 
 @pytest.mark.slow
@@ -456,20 +468,27 @@ def test_nothing_is_promoted_over_work_that_was_done_meanwhile(
 
 
 def test_the_pointers_are_those_of_dvc_add_and_the_workspace_stays_as_it_was(small: Path, tmp_path: Path) -> None:
-    written = {"old.tar.dvc": b"outs: []\n", "new ä.tar": b"images", "b.safetensors": b""}
+    written = {"labelled-old.tar.dvc": b"outs: []\n", "labelled-ä b.tar": b"images", "weights-b.safetensors": b""}
+    written |= {"mine.tar.dvc": b"outs: []\n", "mine/labelled-c.tar.dvc": b"outs: []\n"}
     write_files(small / "retrain", {".gitignore": (ROOT / "retrain/.gitignore").read_bytes()} | written)
     run(small, "git", "add", "-A")
     run(small, "git", "commit", "-qm", "before")
-    tree = kept.tree_with_pointers("HEAD", [Path("retrain/new ä.tar"), Path("retrain/b.safetensors")], tmp_path)
+    (tmp_path / "scratch").mkdir()
+    needed = [Path("retrain/labelled-ä b.tar"), Path("retrain/weights-b.safetensors")]
+    tree = kept.tree_with_pointers("HEAD", needed, tmp_path / "scratch")
     assert run(small, "git", "status", "--porcelain").stdout == ""
+    assert not any((tmp_path / "scratch").iterdir())
     changes = run(
         small, "git", "-c", "core.quotePath=off", "diff", "--name-status", "--no-renames", "HEAD", tree
     ).stdout
-    assert changes == "A\tretrain/b.safetensors.dvc\nA\tretrain/new ä.tar.dvc\nD\tretrain/old.tar.dvc\n"
-    assert not any(tmp_path.glob("tmp*"))
-    for name in ("new ä.tar", "b.safetensors"):
-        run(small, "dvc", "add", "--quiet", f"retrain/{name}")
-        assert run(small, "git", "show", f"{tree}:retrain/{name}.dvc").stdout == Path(f"retrain/{name}.dvc").read_text()
+    assert changes.splitlines() == [
+        "D\tretrain/labelled-old.tar.dvc",
+        "A\tretrain/labelled-ä b.tar.dvc",
+        "A\tretrain/weights-b.safetensors.dvc",
+    ]
+    for file in needed:
+        run(small, "dvc", "add", "--quiet", str(file))
+        assert run(small, "git", "show", f"{tree}:{file}.dvc").stdout == Path(f"{file}.dvc").read_text()
 
 
 def test_a_promotion_hands_its_files_to_dvc_and_the_next_one_takes_their_place(
@@ -482,23 +501,27 @@ def test_a_promotion_hands_its_files_to_dvc_and_the_next_one_takes_their_place(
 
     for number in ("1", "2"):
         head = git("rev-parse", "HEAD")
-        write_files(repository, {"note.txt": number.encode(), f"retrain/{number}.tar": number.encode()})
+        write_files(repository, {"note.txt": number.encode(), f"retrain/labelled-{number}.tar": number.encode()})
         git("add", "note.txt")
         git("commit", "-qm", "experiment")
         made = git("rev-parse", "HEAD")
         git("reset", "-q", "--hard", head)
-        needed = [Path(f"retrain/{number}.tar")]
+        needed = [Path(f"retrain/labelled-{number}.tar")]
         with experiment.only_run():
             assert experiment.promote(head, made, "message", {"experiment": "x"}, needed)["tag"]
             experiment.forget_promotion()
         assert git("status", "--porcelain") == ""
-        assert {path.name for path in Path("retrain").iterdir()} == {".gitignore", f"{number}.tar", f"{number}.tar.dvc"}
+        assert {path.name for path in Path("retrain").iterdir()} == {
+            ".gitignore",
+            needed[0].name,
+            f"{needed[0].name}.dvc",
+        }
         needed[0].unlink()
         run(repository, "dvc", "checkout", "--quiet")
         assert needed[0].read_text() == number
     git("reset", "-q", "--hard", "HEAD~1")
-    run(repository, "dvc", "checkout", "--quiet", "retrain/1.tar.dvc")
-    assert Path("retrain/1.tar").read_text() == "1"
+    run(repository, "dvc", "checkout", "--quiet", "retrain/labelled-1.tar.dvc")
+    assert Path("retrain/labelled-1.tar").read_text() == "1"
 
 
 # --- the whole loop -----------------------------------------------------------------------------------------------
@@ -643,6 +666,11 @@ def test_another_clone_pulls_what_a_retraining_started_from_and_makes_the_same(p
     assert named.returncode != 0
     extra = summary["overrides"]["data.extra"]
     assert f"data.extra: '{extra}' is not here; DVC keeps it: `make pull` or `dvc checkout {extra}.dvc`" in named.stderr
+    # our own commands name the files to dvc beside the stage
+    for number, way in ((900000, "--temp"), (800000, "--queue")):
+        run(clone, "python", "-m", "tools.exp", way, "--name", f"run{number}", f"data.max_files={number}", "extract")
+    run(clone, "dvc", "exp", "run", "--run-all")
+    assert {"run900000", "run800000"} <= {*run(clone, "dvc", "exp", "list", "--name-only").stdout.split()}
     assert run(clone, "git", "status", "--porcelain").stdout == ""
 
 

@@ -76,7 +76,10 @@ def params() -> Finding:
 
 def untracked() -> Finding:
     """Experiments in a folder of their own see what git tracks, and nothing else."""
-    if names := _relative_paths():
+    from tools.shared.dvc_queue import named_files
+
+    named = named_files().items()
+    if names := [(key, path) for key, path in named if path.exists() and not Path(f"{path}.dvc").exists()]:
         key, path = names[0]
         return warn(
             f"{', '.join(key for key, _ in names)} of params.yaml: a relative path, which `dvc exp run --temp` and the "
@@ -109,10 +112,12 @@ def stale() -> Finding:
     if others := [stage for stage in stages if kinds.get(stage, set()) - {"deleted", "not in cache"}]:
         return warn(f"out of date: {_reasons(changes, others)}", "dvc repro")
     if absent := [stage for stage in stages if "not in cache" in kinds.get(stage, set())]:
-        return warn(f"outputs of {some(absent)} are neither here nor in DVC's cache", "dvc pull || dvc repro")
+        makes_it = not any(stage.endswith(".dvc") for stage in absent)
+        fix = "dvc pull || dvc repro" if makes_it else "make pull"
+        return warn(f"outputs of {some(absent)} are neither here nor in DVC's cache", fix)
     if absent := [stage for stage in stages if stage in kinds]:
         return warn(f"outputs of {some(absent)} are in DVC's cache, but not here", "dvc checkout")
-    return ok(f"{len(stages)} stages up to date")
+    return ok(f"{sum(not stage.endswith('.dvc') for stage in stages)} stages up to date")
 
 
 def _kinds(changes: list[Any], outputs: set[str]) -> set[str]:
@@ -141,22 +146,6 @@ def _untracked_files() -> list[str]:
     names = _git("ls-files", "--others", "--exclude-standard", "-z", strip=False).split("\0")
     code = ("stages/", "dvc.yaml", "params.yaml", "dvc.lock")
     return sorted(filter(None, names), key=lambda name: (not name.startswith(code), name))
-
-
-def _relative_paths() -> list[tuple[str, Path]]:
-    """Settings that name a file by a path that starts here, and that DVC does not check out everywhere."""
-    from stages.core.params import read_params
-
-    params = read_params()
-    found = []
-    for key in ("data.source", "data.extra", "model.weights"):
-        section, name = key.split(".")
-        value = (params.get(section) or {}).get(name)
-        if not isinstance(value, str) or Path(value).is_absolute() or Path(f"{value}.dvc").exists():
-            continue
-        if Path(value).exists():
-            found.append((key, Path(value)))
-    return found
 
 
 def _branch() -> str:

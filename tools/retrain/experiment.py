@@ -67,6 +67,7 @@ def only_run() -> Iterator[int]:
 def scratch_folder() -> Iterator[Path]:
     """An empty folder for the run that holds the lock; its name is new, because a killed run's monitor may live on."""
     shutil.rmtree(_SCRATCH, ignore_errors=True)
+    kept.remove_unfinished()
     _SCRATCH.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=_SCRATCH) as folder:
         yield Path(folder).absolute()
@@ -192,13 +193,14 @@ def promote(
     if moved or changed:
         what = "HEAD moved" if moved else f"{', '.join(changed[:5])} changed"
         raise ExperimentError(f"{what} while the experiment ran; commit or undo that, and run the same command again")
-    _STATE.mkdir(parents=True, exist_ok=True)
-    tree = kept.tree_with_pointers(experiment, needed, _STATE)
+    _SCRATCH.mkdir(parents=True, exist_ok=True)
+    tree = kept.tree_with_pointers(experiment, needed, _SCRATCH)
     added = git("diff", "--name-only", "--no-renames", "--diff-filter=A", "-z", head, tree, strip=False)
     if in_the_way := [name for name in added.split("\0") if name and Path(name).exists()]:
         raise ExperimentError(
             f"{', '.join(in_the_way[:5])}: not tracked by git, and in the way; move it and run this again"
         )
+    kept.into_cache(needed)
     commit = git("commit-tree", tree, "-p", head, "-m", message)
     write_json(_PROMOTION, {"head": head, "commit": commit, "facts": facts})
     finished = finish_promotion()
@@ -221,7 +223,6 @@ def finish_promotion() -> dict[str, Any] | None:
         print(f"retrain: HEAD has moved since the promotion of {facts['experiment']} was broken off", flush=True)
         forget_promotion()
         return None
-    kept.into_cache()
     dvc("checkout", "--force", "--quiet")
     kept.remove_superseded(before, commit)
     return facts | {"commit": commit, "tag": registry.register_commit(commit).tag}

@@ -1,7 +1,7 @@
 """Labelled drifted images, from a person or simulated, as the archive that `data.extra` takes.
 
-The archive lies under `runtime.cache_dir` and is named by its content. It holds what the present `data.extra` added,
-too: what a model learned at an earlier drift is not given up at the next.
+The archive is named by its content. It holds what the present `data.extra` added, too: what a model learned at an
+earlier drift is not given up at the next.
 """
 
 from __future__ import annotations

@@ -37,7 +37,8 @@ def check_results() -> None:
     if stale:
         raise InputError(
             f"data and models are not those of the last commit: {', '.join(sorted(stale))} "
-            f"{'is' if len(stale) == 1 else 'are'} stale; run `dvc repro` (or `dvc checkout`) and commit first"
+            f"{'is' if len(stale) == 1 else 'are'} stale; run `dvc repro` (or `dvc checkout`, or `make pull`) and "
+            "commit first"
         )
 
 

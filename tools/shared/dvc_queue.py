@@ -22,6 +22,7 @@ from typing import Any, Literal
 import psutil
 
 from stages.core.errors import InputError
+from stages.core.params import read_params
 from tools.shared.commands import environment
 
 _TASKS = Path(".dvc/tmp/exps/run")
@@ -48,7 +49,27 @@ def queue(name: str, words: Sequence[str], target: str, lock: int) -> None:
     For some moments dvc changes params.yaml in the workspace and puts it back. So it gets a session of its own (an
     interrupt of ours does not reach it), and inherits the lock: nobody begins before it is done.
     """
-    _dvc("exp", "run", "--queue", "--name", name, *words, target, lock=lock)
+    _dvc("exp", "run", "--queue", "--name", name, *words, target, *pointers(), lock=lock)
+
+
+def pointers() -> list[str]:
+    """The .dvc files of what params.yaml names: targets for an experiment that has one.
+
+    In a folder of its own dvc checks out what its targets depend on, and no stage depends on a file that it is told of
+    by params.yaml.
+    """
+    return [f"{path}.dvc" for path in named_files().values() if Path(f"{path}.dvc").is_file()]
+
+
+def named_files() -> dict[str, Path]:
+    """By key, the settings of params.yaml that may name a file, where they are relative paths."""
+    found, params = {}, read_params()
+    for key in ("data.source", "data.extra", "model.weights"):
+        section, name = key.split(".")
+        value = (params.get(section) or {}).get(name)
+        if isinstance(value, str) and not Path(value).is_absolute():
+            found[key] = Path(value)
+    return found
 
 
 def start_workers(count: int, trust: bool = True) -> None:
