@@ -166,6 +166,7 @@ def test_an_experiment_becomes_a_pull_request(
     runner.execute(step("train", "Train"), **inputs)
     assert runner.outputs == {"branch": "experiment/slower"}
     runner.execute(step("train", "Push data and models"), GDRIVE_CREDENTIALS_DATA="")
+    assert runner.outputs["done"] == "true"
     runner.execute(step("train", "Push the branch"), BRANCH="experiment/slower", GITHUB_TOKEN="token")
     more = {"BASE": "main", "BRANCH": "experiment/slower"}
     runner.execute(step("train", "Open the pull request"), **more, **github.environment)

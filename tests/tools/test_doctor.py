@@ -22,7 +22,7 @@ from dvc.cli import main as dvc_main
 from ruamel.yaml import YAML
 
 from stages.core.errors import InputError
-from tests.helpers import BIN, commit_all, run, set_params
+from tests.helpers import BIN, commit_all, run, set_params, write_files
 from tests.wandb_runs import KEY, bad_server
 from tools.doctor import command as doctor
 from tools.doctor import environment, hardware, repository, storage, tracking
@@ -379,6 +379,8 @@ def test_a_stale_lock(small: Path) -> None:
     shutil.rmtree(small / "models")
     shutil.rmtree(small / ".dvc/cache")
     finds(repository.stale(), "warn", "are neither here nor in DVC's cache", "dvc pull || dvc repro")
+    write_files(small, {"retrain/x.tar.dvc": b"outs:\n- md5: 9dd4e461268c8034f5c8564e155c67a6\n  path: x.tar\n"})
+    finds(repository.stale(), "warn", "retrain/x.tar.dvc are neither here nor in DVC's cache", "make pull")
     (small / "dvc.lock").unlink()
     finds(repository.stale(), "warn", "the pipeline has not run yet", "dvc repro")
     (small / "dvc.yaml").write_text("stages:\n  make:\n    cmds: none\n")

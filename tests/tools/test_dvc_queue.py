@@ -54,6 +54,18 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+def test_a_stage_is_named_with_the_files_that_params_yaml_names_and_dvc_keeps() -> None:
+    Path("params.yaml").write_text(
+        "data:\n  source: sample\n  extra: retrain/x.tar\nmodel:\n  weights: /elsewhere/w.safetensors\n"
+    )
+    assert dvc_queue.pointers() == []
+    for name in ("retrain/x.tar.dvc", "retrain/other.tar.dvc"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    assert dvc_queue.pointers() == ["retrain/x.tar.dvc"]
+    assert dvc_queue.named_files() == {"data.source": Path("sample"), "data.extra": Path("retrain/x.tar")}
+
+
 def _task(status: int, pid: int | None, returncode: int | None = None, result: str | None = None) -> Path:
     folder = Path(".dvc/tmp/exps/run/abc")
     folder.mkdir(parents=True)
