@@ -98,7 +98,9 @@ def main(arguments: argparse.Namespace) -> int:
     for option in ("name", "message"):
         command += [f"--{option}", value] if (value := getattr(arguments, option)) else []
     stages = [word for word in arguments.words if word not in words]
-    command += [*found.words, *stages, *(dvc_queue.pointers() if stages and (queued or arguments.temp) else [])]
+    if stages and (queued or arguments.temp):
+        stages += dvc_queue.pointers(found.words)
+    command += [*found.words, *stages]
     print(f"exp: dvc {shlex.join(command)}", flush=True)
     if arguments.dry:
         return 0

@@ -63,6 +63,8 @@ def test_a_stage_is_named_with_the_files_that_params_yaml_names_and_dvc_keeps() 
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).touch()
     assert dvc_queue.pointers() == ["retrain/x.tar.dvc"]
+    words = ["-S", "data.extra='retrain/other.tar',null", "-S", "train.lr=0.1"]
+    assert dvc_queue.pointers(words) == ["retrain/other.tar.dvc", "retrain/x.tar.dvc"]
     assert dvc_queue.named_files() == {"data.source": Path("sample"), "data.extra": Path("retrain/x.tar")}
 
 

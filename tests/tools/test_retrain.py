@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -356,22 +357,22 @@ def test_a_killed_dvc_leaves_no_overrides_behind(repository: Path, monkeypatch: 
 
 def break_off(repository: Path, at: str, facts: dict[str, Any]) -> str:
     """Leave a promotion as it is when it is killed at some point; returns the commit that was to be promoted."""
-    write_files(repository, {"retrain/labelled-old.tar": b"old"})
-    run(repository, "dvc", "add", "-q", "retrain/labelled-old.tar")
+    write_files(repository, {"retrain/labelled-0000000000000000.tar": b"old"})
+    run(repository, "dvc", "add", "-q", "retrain/labelled-0000000000000000.tar")
     run(repository, "git", "add", "-A")
     run(repository, "git", "commit", "-qm", "an earlier retraining")
     head = run(repository, "git", "rev-parse", "HEAD").stdout.strip()
     set_params(repository / "params.yaml", {"evaluate.num_bins": 10})
     run(repository, "dvc", "repro", "evaluate")
     (repository / "new.txt").write_text("added by the experiment")
-    run(repository, "git", "rm", "-q", "retrain/labelled-old.tar.dvc")
-    write_files(repository, {"retrain/labelled-new.tar": b"new"})
-    run(repository, "dvc", "add", "-q", "retrain/labelled-new.tar")
+    run(repository, "git", "rm", "-q", "retrain/labelled-0000000000000000.tar.dvc")
+    write_files(repository, {"retrain/labelled-11507a0e2f5e69d5.tar": b"new"})
+    run(repository, "dvc", "add", "-q", "retrain/labelled-11507a0e2f5e69d5.tar")
     run(repository, "git", "add", "-A")
     run(repository, "git", "commit", "-qm", "experiment")
     commit = run(repository, "git", "rev-parse", "HEAD").stdout.strip()
     run(repository, "git", "reset", "-q", "--hard", head)
-    (repository / "retrain/labelled-new.tar").write_text("overwritten meanwhile")
+    (repository / "retrain/labelled-11507a0e2f5e69d5.tar").write_text("overwritten meanwhile")
     whole = run(repository, "git", "show", f"{commit}:params.yaml").stdout
     (repository / ".dvc/tmp/retrain").mkdir(parents=True, exist_ok=True)
     (repository / ".dvc/tmp/retrain/promotion.json").write_text(
@@ -380,8 +381,8 @@ def break_off(repository: Path, at: str, facts: dict[str, Any]) -> str:
     if at == "half-written":
         (repository / "params.yaml").write_text(whole[: len(whole) // 2])
         (repository / "new.txt").write_text("added by")
-        (repository / "retrain/labelled-new.tar.dvc").write_text("outs:")
-        (repository / "retrain/labelled-new.tar").unlink()
+        (repository / "retrain/labelled-11507a0e2f5e69d5.tar.dvc").write_text("outs:")
+        (repository / "retrain/labelled-11507a0e2f5e69d5.tar").unlink()
         (repository / "dvc.lock").unlink()
     elif at != "before":
         run(repository, "git", "merge", "--ff-only", "-q", commit)
@@ -408,7 +409,9 @@ def test_a_promotion_that_was_broken_off_is_finished(
     assert run(repository, "git", "status", "--porcelain").stdout == ""
     assert run(repository, "dvc", "status", "train", "evaluate").stdout.strip() == "Data and pipelines are up to date."
     kept_now = files(repository / "retrain")
-    assert {name: kept_now[name] for name in kept_now if name.endswith(".tar")} == {"labelled-new.tar": b"new"}
+    assert {name: kept_now[name] for name in kept_now if name.endswith(".tar")} == {
+        "labelled-11507a0e2f5e69d5.tar": b"new"
+    }
 
 
 @pytest.mark.slow
@@ -468,23 +471,28 @@ def test_nothing_is_promoted_over_work_that_was_done_meanwhile(
 
 
 def test_the_pointers_are_those_of_dvc_add_and_the_workspace_stays_as_it_was(small: Path, tmp_path: Path) -> None:
-    written = {"labelled-old.tar.dvc": b"outs: []\n", "labelled-ä b.tar": b"images", "weights-b.safetensors": b""}
-    written |= {"mine.tar.dvc": b"outs: []\n", "mine/labelled-c.tar.dvc": b"outs: []\n"}
+    written = {
+        "labelled-0000000000000000.tar.dvc": b"outs: []\n",
+        "labelled-21b2eed1e328a2c6.tar": b"images",
+        "weights-e3b0c44298fc1c14.safetensors": b"",
+    }
+    written |= {"labelled-mine.tar.dvc": b"outs: []\n", "ä/labelled-c.tar.dvc": b"outs: []\n"}
     write_files(small / "retrain", {".gitignore": (ROOT / "retrain/.gitignore").read_bytes()} | written)
     run(small, "git", "add", "-A")
     run(small, "git", "commit", "-qm", "before")
     (tmp_path / "scratch").mkdir()
-    needed = [Path("retrain/labelled-ä b.tar"), Path("retrain/weights-b.safetensors")]
-    tree = kept.tree_with_pointers("HEAD", needed, tmp_path / "scratch")
+    needed = [Path("retrain/labelled-21b2eed1e328a2c6.tar"), Path("retrain/weights-e3b0c44298fc1c14.safetensors")]
+    assert kept.altered(needed) == []
+    tree = kept.tree_with_pointers("HEAD", kept.into_cache(needed), tmp_path / "scratch")
     assert run(small, "git", "status", "--porcelain").stdout == ""
     assert not any((tmp_path / "scratch").iterdir())
     changes = run(
         small, "git", "-c", "core.quotePath=off", "diff", "--name-status", "--no-renames", "HEAD", tree
     ).stdout
     assert changes.splitlines() == [
-        "D\tretrain/labelled-old.tar.dvc",
-        "A\tretrain/labelled-ä b.tar.dvc",
-        "A\tretrain/weights-b.safetensors.dvc",
+        "D\tretrain/labelled-0000000000000000.tar.dvc",
+        "A\tretrain/labelled-21b2eed1e328a2c6.tar.dvc",
+        "A\tretrain/weights-e3b0c44298fc1c14.safetensors.dvc",
     ]
     for file in needed:
         run(small, "dvc", "add", "--quiet", str(file))
@@ -501,27 +509,33 @@ def test_a_promotion_hands_its_files_to_dvc_and_the_next_one_takes_their_place(
 
     for number in ("1", "2"):
         head = git("rev-parse", "HEAD")
-        write_files(repository, {"note.txt": number.encode(), f"retrain/labelled-{number}.tar": number.encode()})
+        needed = Path(f"retrain/labelled-{hashlib.sha256(number.encode()).hexdigest()[:16]}.tar")
+        write_files(repository, {"note.txt": number.encode(), str(needed): number.encode()})
         git("add", "note.txt")
         git("commit", "-qm", "experiment")
         made = git("rev-parse", "HEAD")
         git("reset", "-q", "--hard", head)
-        needed = [Path(f"retrain/labelled-{number}.tar")]
         with experiment.only_run():
-            assert experiment.promote(head, made, "message", {"experiment": "x"}, needed)["tag"]
+            assert experiment.promote(head, made, "message", {"experiment": "x"}, [needed])["tag"]
             experiment.forget_promotion()
         assert git("status", "--porcelain") == ""
         assert {path.name for path in Path("retrain").iterdir()} == {
             ".gitignore",
-            needed[0].name,
-            f"{needed[0].name}.dvc",
+            needed.name,
+            f"{needed.name}.dvc",
         }
-        needed[0].unlink()
+        needed.unlink()
         run(repository, "dvc", "checkout", "--quiet")
-        assert needed[0].read_text() == number
+        assert needed.read_text() == number
+    # what somebody changed meanwhile is not handed on
+    needed.write_text("other")
+    with pytest.raises(experiment.ExperimentError, match=f"{needed} changed while the experiment ran"):
+        experiment.promote(git("rev-parse", "HEAD"), made, "message", {"experiment": "x"}, [needed])
+    assert not (repository / ".dvc/tmp/retrain/promotion.json").exists()
+    run(repository, "dvc", "checkout", "--quiet", "--force")
     git("reset", "-q", "--hard", "HEAD~1")
-    run(repository, "dvc", "checkout", "--quiet", "retrain/labelled-1.tar.dvc")
-    assert Path("retrain/labelled-1.tar").read_text() == "1"
+    run(repository, "dvc", "checkout", "--quiet", "retrain/labelled-6b86b273ff34fce1.tar.dvc")
+    assert Path("retrain/labelled-6b86b273ff34fce1.tar").read_text() == "1"
 
 
 # --- the whole loop -----------------------------------------------------------------------------------------------

@@ -112,9 +112,9 @@ def stale() -> Finding:
     if others := [stage for stage in stages if kinds.get(stage, set()) - {"deleted", "not in cache"}]:
         return warn(f"out of date: {_reasons(changes, others)}", "dvc repro")
     if absent := [stage for stage in stages if "not in cache" in kinds.get(stage, set())]:
-        makes_it = not any(stage.endswith(".dvc") for stage in absent)
-        fix = "dvc pull || dvc repro" if makes_it else "make pull"
-        return warn(f"outputs of {some(absent)} are neither here nor in DVC's cache", fix)
+        gone = [stage for stage in absent if stage.endswith(".dvc") and not Path(stage).with_suffix("").exists()]
+        fix = "make pull" if gone else "dvc pull || dvc repro"  # nothing makes them; one that is here is taken by repro
+        return warn(f"outputs of {some(absent)} are not in DVC's cache", fix)
     if absent := [stage for stage in stages if stage in kinds]:
         return warn(f"outputs of {some(absent)} are in DVC's cache, but not here", "dvc checkout")
     return ok(f"{sum(not stage.endswith('.dvc') for stage in stages)} stages up to date")

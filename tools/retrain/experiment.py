@@ -193,14 +193,15 @@ def promote(
     if moved or changed:
         what = "HEAD moved" if moved else f"{', '.join(changed[:5])} changed"
         raise ExperimentError(f"{what} while the experiment ran; commit or undo that, and run the same command again")
+    if altered := kept.altered(needed):
+        raise ExperimentError(f"{', '.join(altered)} changed while the experiment ran; run the same command again")
     _SCRATCH.mkdir(parents=True, exist_ok=True)
-    tree = kept.tree_with_pointers(experiment, needed, _SCRATCH)
+    tree = kept.tree_with_pointers(experiment, kept.into_cache(needed), _SCRATCH)
     added = git("diff", "--name-only", "--no-renames", "--diff-filter=A", "-z", head, tree, strip=False)
     if in_the_way := [name for name in added.split("\0") if name and Path(name).exists()]:
         raise ExperimentError(
             f"{', '.join(in_the_way[:5])}: not tracked by git, and in the way; move it and run this again"
         )
-    kept.into_cache(needed)
     commit = git("commit-tree", tree, "-p", head, "-m", message)
     write_json(_PROMOTION, {"head": head, "commit": commit, "facts": facts})
     finished = finish_promotion()
@@ -220,7 +221,11 @@ def finish_promotion() -> dict[str, Any] | None:
         _restore_half_written(before, commit)
         git("merge", "--ff-only", "--quiet", commit)
     elif head != commit:
-        print(f"retrain: HEAD has moved since the promotion of {facts['experiment']} was broken off", flush=True)
+        print(
+            f"retrain: HEAD has moved since the promotion of {facts['experiment']} was broken off; if its commit is "
+            "still what you want: dvc checkout && make register",
+            flush=True,
+        )
         forget_promotion()
         return None
     dvc("checkout", "--force", "--quiet")

@@ -6,19 +6,19 @@ retrain/<file>.dvc                                                 in a promotio
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from stages.core.download import file_hash
 from tools.shared.commands import git
 
 FOLDER = Path("retrain")
-_POINTERS = tuple(
-    f":(glob){FOLDER}/{name}.dvc" for name in ("labelled-*.tar", "weights-*.safetensors")
-)  # and no others
+_HASH = "[0-9a-f]" * 16
+_NAMES = (f"labelled-{_HASH}.tar", f"weights-{_HASH}.safetensors")  # of the sha256
+_POINTERS = tuple(f":(glob){FOLDER}/{name}.dvc" for name in _NAMES)  # somebody's own .dvc files are left alone
 
 
 def remove_unfinished() -> None:
@@ -28,8 +28,13 @@ def remove_unfinished() -> None:
             path.unlink(missing_ok=True)
 
 
-def tree_with_pointers(commit: str, files: Sequence[Path], scratch: Path) -> str:
-    """The tree of a commit with the .dvc files of `files` in place of an earlier retraining's; returns its hash.
+def altered(files: Sequence[Path]) -> list[str]:
+    """Those that are gone, or not what their name says any more."""
+    return [str(file) for file in files if not file.is_file() or file_hash(file, "sha256")[:16] not in file.name]
+
+
+def tree_with_pointers(commit: str, files: Mapping[Path, str], scratch: Path) -> str:
+    """The tree of a commit with .dvc files for `files` (and md5) in place of an earlier retraining's; returns its hash.
 
     `dvc add` would write them into the workspace, where it would have to be undone if the promotion is broken off.
     """
@@ -37,8 +42,8 @@ def tree_with_pointers(commit: str, files: Sequence[Path], scratch: Path) -> str
         index, written = Path(name) / "index", Path(name) / "pointer"
         git("read-tree", commit, index=index)
         git("rm", "--cached", "--force", "--quiet", "--ignore-unmatch", "--", *_POINTERS, index=index)
-        for file in files:
-            outs = [{"md5": _md5(file), "size": file.stat().st_size, "hash": "md5", "path": file.name}]
+        for file, md5 in files.items():
+            outs = [{"md5": md5, "size": file.stat().st_size, "hash": "md5", "path": file.name}]
             with written.open("w") as stream:
                 YAML().dump({"outs": outs}, stream)
             blob = git("hash-object", "-w", "--no-filters", str(written))
@@ -46,13 +51,15 @@ def tree_with_pointers(commit: str, files: Sequence[Path], scratch: Path) -> str
         return git("write-tree", index=index)
 
 
-def into_cache(files: Sequence[Path]) -> None:
-    """Copy files into DVC's cache; with no .dvc file that names them, `dvc gc` removes them again."""
+def into_cache(files: Sequence[Path]) -> dict[Path, str]:
+    """Copy files into DVC's cache; returns their md5. Where no .dvc file names them, `dvc gc` removes them again."""
     from dvc.repo import Repo
 
+    found = {file: file_hash(file, "md5") for file in files}
     with Repo() as repo:
-        for file in files:
-            repo.cache.local.add(str(file.absolute()), repo.fs, _md5(file))
+        for file, md5 in found.items():
+            repo.cache.local.add(str(file.absolute()), repo.fs, md5)
+    return found
 
 
 def remove_superseded(before: str, after: str) -> None:
@@ -60,8 +67,3 @@ def remove_superseded(before: str, after: str) -> None:
     names = git("diff", "--name-only", "--no-renames", "--diff-filter=D", "-z", before, after, "--", *_POINTERS)
     for name in filter(None, names.split("\0")):
         Path(name).with_suffix("").unlink(missing_ok=True)
-
-
-def _md5(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "md5").hexdigest()

@@ -26,6 +26,7 @@ from stages.core.params import read_params
 from tools.shared.commands import environment
 
 _TASKS = Path(".dvc/tmp/exps/run")
+_FILE_KEYS = ("data.source", "data.extra", "model.weights")  # of params.yaml
 _SEEN_SECONDS = 3.0  # for a daemon to write down how a process ended, on a machine with other work
 _TOLD_SECONDS = 30.0  # for a daemon to tell dvc that one has failed
 _FAILED, _CANCELED, _FINISHED = 4, 5, 6  # dvc.repo.experiments.executor.base.TaskStatus; 2 is running
@@ -49,22 +50,26 @@ def queue(name: str, words: Sequence[str], target: str, lock: int) -> None:
     For some moments dvc changes params.yaml in the workspace and puts it back. So it gets a session of its own (an
     interrupt of ours does not reach it), and inherits the lock: nobody begins before it is done.
     """
-    _dvc("exp", "run", "--queue", "--name", name, *words, target, *pointers(), lock=lock)
+    _dvc("exp", "run", "--queue", "--name", name, *words, target, *pointers(words), lock=lock)
 
 
-def pointers() -> list[str]:
-    """The .dvc files of what params.yaml names: targets for an experiment that has one.
+def pointers(words: Sequence[str] = ()) -> list[str]:
+    """The .dvc files of what params.yaml, or an override among `words`, names: targets for an experiment that has one.
 
     In a folder of its own dvc checks out what its targets depend on, and no stage depends on a file that it is told of
     by params.yaml.
     """
-    return [f"{path}.dvc" for path in named_files().values() if Path(f"{path}.dvc").is_file()]
+    named = [str(path) for path in named_files().values()]
+    for key, _, values in (word.partition("=") for word in words):
+        if key in _FILE_KEYS:
+            named += [value.strip("'\" ") for value in values.split(",")]
+    return sorted({f"{name}.dvc" for name in named if Path(f"{name}.dvc").is_file()})
 
 
 def named_files() -> dict[str, Path]:
     """By key, the settings of params.yaml that may name a file, where they are relative paths."""
     found, params = {}, read_params()
-    for key in ("data.source", "data.extra", "model.weights"):
+    for key in _FILE_KEYS:
         section, name = key.split(".")
         value = (params.get(section) or {}).get(name)
         if isinstance(value, str) and not Path(value).is_absolute():
