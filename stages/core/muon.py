@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from stages.core.precision import has_bf16
+
 # Quintic coefficients of modded-nanogpt (https://leloykun.github.io/ponder/muon-opt-coeffs/), timm's default too.
 _COEFFICIENTS = (
     (4.0848, -6.8946, 2.9270),
@@ -59,7 +61,12 @@ class Muon(torch.optim.Optimizer):
         # The columns' order does not matter to the result, so a channels_last kernel is a matrix without a copy.
         columns_last = [update.movedim(1, -1) for update in updates]
         matrices = [update.reshape(len(update), -1) for update in columns_last]
-        orthogonal = orthogonalise(torch.stack(matrices)) if len(matrices) > 1 else orthogonalise(matrices[0])[None]
+        # Emulated, bfloat16 makes a step of ResNet-18 take half a minute on a CPU.
+        dtype = torch.bfloat16 if has_bf16(matrices[0].device) else torch.float32
+        if len(matrices) > 1:
+            orthogonal = orthogonalise(torch.stack(matrices), dtype)
+        else:
+            orthogonal = orthogonalise(matrices[0], dtype)[None]
         # The rate may be a tensor, and must not be read back from the device.
         keep, scale = 1 - group["lr"] * group["weight_decay"], group["lr"] * (0.2 * max(matrices[0].shape) ** 0.5)
         for parameter, like, step in zip(parameters, columns_last, orthogonal, strict=True):
@@ -105,7 +112,7 @@ class Muon(torch.optim.Optimizer):
         )
 
 
-def orthogonalise(matrix: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def orthogonalise(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """Nearly the orthogonal factor of the polar decomposition of matrices (..., m, n): singular values near 1.
 
     At most one dimension before the matrix's two; the result is of `dtype`. Five Newton-Schulz steps
