@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Stages are run as `python -m ...`: the virtual environment's python must be the first on PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# GNU make 3.81, which macOS has, looks for simple commands on the PATH that it was called with, unless the shell is not its own.
+SHELL := /bin/bash
 # Stages inherit the environment, and must not see the key to the remote.
 unexport GDRIVE_CREDENTIALS_DATA
 remote-gdrive push pull doctor verify docker-pull docker-shell docker-train: export GDRIVE_CREDENTIALS_DATA := $(value GDRIVE_CREDENTIALS_DATA)

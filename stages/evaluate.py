@@ -17,7 +17,7 @@ from stages.core.errors import InputError
 from stages.core.mirror import WandbParams, open_mirror
 from stages.core.params import Section, load_params
 from stages.core.recipe import Precision
-from stages.core.runtime import RuntimeParams, cache_dir, num_workers
+from stages.core.runtime import RuntimeParams, cache_dir, num_readers
 from stages.core.stopping import run_stage
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def main(params: Params) -> None:
     mirrored = open_mirror("evaluate", params.wandb, cache_dir(params.runtime), params, model=model.CLASSIFIER)
     with stage_summary("evaluate") as made, mirrored as mirror:
         batch_size = params.evaluate.batch_size
-        source = open_source(split, where, params.runtime.resident, num_workers(params.runtime))
+        source = open_source(split, where, params.runtime.resident, num_readers(params.runtime))
         batches = evaluation_batches(source, spec.mean, spec.std, spec.image_size, batch_size, policy.dtype)
         num_batches = -(-len(split.labels) // batch_size)
         logits = inference.predict(network, progress(batches, "evaluate", num_batches, "batch"), policy)

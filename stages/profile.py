@@ -31,7 +31,7 @@ from pydantic import Field
 
 from stages.core.params import Section, load_params
 from stages.core.recipe import ModelParams, TrainParams
-from stages.core.runtime import RuntimeParams, num_workers
+from stages.core.runtime import RuntimeParams, num_readers
 from stages.core.stopping import run_stage
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def main(params: Params) -> None:
         trainer.captured = None  # as in train
 
     with stage_summary("profile") as made, engine.step_errors(params.train, where, lambda: "in the profile"):
-        source = open_source(split, where, params.runtime.resident, num_workers(params.runtime))
+        source = open_source(split, where, params.runtime.resident, num_readers(params.runtime))
         recipe = params.train.model_copy(update={"progressive": None, "batch_size": share})  # the step at full size
         batches = _endless_batches(source, meta, recipe, policy.dtype)
         flops = _flops_per_image(trainer, *next(batches))

@@ -19,7 +19,7 @@ from stages.core.errors import InputError, run_main
 from stages.core.mirror import NoMirror, WandbParams, open_mirror
 from stages.core.params import Section, load_params
 from stages.core.recipe import ModelParams, TrainParams
-from stages.core.runtime import RuntimeParams, cache_dir, num_workers
+from stages.core.runtime import RuntimeParams, cache_dir, num_readers
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ def main(params: Params) -> None:
 
 
 def _train(params: Params, where: torch.device, world: World, stop: StopRequest) -> None:
-    from stages.core import loader, model
+    from stages.core import distributed, loader, model
     from stages.core.dataset import load_meta, load_split
     from stages.core.progress import stage_summary
     from stages.core.tracking import Tracker
@@ -74,10 +74,8 @@ def _train(params: Params, where: torch.device, world: World, stop: StopRequest)
     # Refuses a batch larger than the set.
     steps_per_epoch = loader.num_batches(len(splits["train"].labels), params.train.batch_size)
     session = _open_session(params, meta, steps_per_epoch, where, world, stop)
-    train, val = (
-        loader.open_source(split, where, params.runtime.resident, num_workers(params.runtime))
-        for split in splits.values()
-    )
+    readers = num_readers(params.runtime, distributed.local_count())
+    train, val = (loader.open_source(split, where, params.runtime.resident, readers) for split in splits.values())
     with ExitStack() as stack:
         made: list[str] = []
         mirror: Mirror | NoMirror = NoMirror()
@@ -143,6 +141,7 @@ def _open_session(
         "timm": timm.__version__,
         "device": where.type,
         "dtype": str(policy.dtype),
+        "has_bf16": precision.has_bf16(where),  # Muon computes in it whatever the policy
     }
     key = fingerprint("stages.train", facts, Path(__file__).parent.parent)
     world.check_same("params, data or code", key)

@@ -13,6 +13,7 @@ from stages.core.errors import InputError
 from stages.core.params import Section
 
 Resident = Literal["auto"] | bool
+_MOST_READERS = 8
 
 # Threads that wait for each other spin, a millisecond or more by default. Beside any other busy process that costs a
 # step several times its time; so they sleep sooner. OpenMP reads this when torch is imported, later than this module.
@@ -41,8 +42,19 @@ class RuntimeParams(Section):
 
 
 def num_cpus() -> int:
-    """CPUs that this process may use (its affinity mask, where the system has one)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPUs that this process may use: of its affinity mask, where the system has one, as many as its container may."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(there, int(cpu_quota() or there)))
+
+
+def cpu_quota(folder: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """CPUs that the control group (version 2 or 1) may use on average; None without a limit."""
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        files = [folder / name for name in names]
+        if all(file.is_file() for file in files):
+            quota, period = " ".join(file.read_text() for file in files).split()
+            return None if quota in ("max", "-1") else int(quota) / int(period)
+    return None
 
 
 def num_threads(runtime: RuntimeParams) -> int:
@@ -53,6 +65,16 @@ def num_threads(runtime: RuntimeParams) -> int:
 def num_workers(runtime: RuntimeParams) -> int:
     """Worker processes; 0 means that the main process does the work."""
     return num_cpus() if runtime.workers == "auto" else runtime.workers
+
+
+def num_readers(runtime: RuntimeParams, processes: int = 1) -> int:
+    """Threads that read batches ahead in each of `processes`; 0 means that the main thread does.
+
+    `auto` is one a CPU, but a few at most: each holds up to two batches, and is faster than any step.
+    """
+    if runtime.workers == "auto":
+        return max(1, min(_MOST_READERS, num_cpus() // processes))
+    return runtime.workers
 
 
 def cache_dir(runtime: RuntimeParams) -> Path:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages import evaluate, preprocess, profile, train
-from stages.core import model
+from stages.core import model, precision
 from stages.core.dataset import load_meta
 from stages.core.distributed import World
 from stages.core.errors import InputError
@@ -69,6 +69,18 @@ def test_every_kind_of_recipe_runs(overrides: dict[str, object], packed: Path) -
         preprocess.main(load_params(preprocess.Params))
     run_train(packed, **overrides)
     assert (packed / "models/classifier/model.safetensors").exists()
+
+
+def test_machines_that_compute_otherwise_do_not_share_checkpoints_and_do_not_train_together(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Muon computes in bfloat16 where the hardware has it, whatever train.precision says."""
+    keys = set()
+    for has_bf16 in (False, True):
+        monkeypatch.setattr(precision, "has_bf16", lambda device, has_bf16=has_bf16: has_bf16)
+        monkeypatch.setattr(World, "check_same", lambda world, what, key: keys.add(key))
+        run_train(packed, train__precision="fp32")
+    assert len(keys) == 2
 
 
 def test_divergence_stops_the_run_and_writes_no_model(packed: Path) -> None:

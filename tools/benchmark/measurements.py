@@ -25,7 +25,7 @@ from stages.core.dataset import PackMeta, load_meta, load_split
 from stages.core.errors import InputError
 from stages.core.packing import Geometry, pack
 from stages.core.recipe import ModelParams, TrainParams
-from stages.core.runtime import RuntimeParams, num_workers
+from stages.core.runtime import RuntimeParams, num_readers, num_workers
 from stages.core.source import RAW, SPLITS, load_source_info
 from tools.benchmark.baseline import PlainLoop, pack_with_pillow
 
@@ -98,7 +98,7 @@ class OurLoop:
         network = model.create(setup.model, len(self._meta.classes), setup.train.seed)
         self.trainer = engine.create_trainer(network, setup.train, self.policy, self._device)
         split = load_split("train", self._meta)
-        self._source = loader.open_source(split, self._device, setup.runtime.resident, num_workers(setup.runtime))
+        self._source = loader.open_source(split, self._device, setup.runtime.resident, num_readers(setup.runtime))
         self.batches = self._endless()
         self._step = 0
 

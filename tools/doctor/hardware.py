@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 from tools.doctor.finding import Finding, fail, ok, some, warn
 from tools.doctor.settings import section
@@ -70,22 +69,22 @@ def precision(wanted: str, kind: str, has_bf16: bool) -> Finding:
         )
     if not has_bf16 and wanted == "bf16":
         return warn(
-            f"the {kind} has no bfloat16: it is emulated, slower than fp32", "dvc exp run -S train.precision=auto"
+            f"the {kind} is not known to multiply in bfloat16: where it is emulated, it is slower than fp32",
+            "dvc exp run -S train.precision=auto",
         )
     return ok(f"the {kind} has {'' if has_bf16 else 'no '}bfloat16, train.precision: {wanted}")
 
 
 def threads() -> Finding:
     """runtime.threads against the CPUs that this process may use."""
-    from stages.core.runtime import num_cpus, num_threads
+    from stages.core.runtime import cpu_quota, num_cpus, num_threads
 
     runtime = section("runtime")
-    wanted, cpus = num_threads(runtime), num_cpus()
-    quota = _cpu_quota()
-    if quota and quota < cpus:
-        limit, why = max(1, int(quota)), f"the container's limit is {quota:g} CPUs"
+    wanted, limit, quota = num_threads(runtime), num_cpus(), cpu_quota()
+    if quota and max(1, int(quota)) == limit:
+        why = f"the container's limit is {quota:g} CPUs"
     else:
-        limit, why = cpus, f"this process may use {cpus} CPUs"
+        why = f"this process may use {limit} CPUs"
     if wanted > limit:
         return warn(
             f"runtime.threads is {runtime.threads}, and {why}: threads that wait for each other",
@@ -121,12 +120,6 @@ def _runs_on(architecture: str, capability: str) -> bool:
     kind, built = architecture.split("_")[0], int(re.sub(r"\D", "", architecture.split("_")[1]))
     mine = int(capability.split("_")[1])
     return built <= mine and (kind == "compute" or built // 10 == mine // 10)
-
-
-def _cpu_quota(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:
-    """CPUs that the control group may use on average; None without a limit."""
-    words = file.read_text().split() if file.is_file() else []
-    return int(words[0]) / int(words[1]) if len(words) == 2 and words[0] != "max" else None
 
 
 def _numbers(version: str) -> tuple[int, ...]:
