@@ -551,20 +551,20 @@ def test_a_gpu_that_pytorch_does_not_see(here: Path, monkeypatch: pytest.MonkeyP
     finds(hardware.gpu(), "ok", f"cpu by runtime.device: cpu, PyTorch {torch.__version__}")
 
 
-@pytest.mark.parametrize(
-    ("architecture", "capability", "runs"),
-    [
-        ("sm_80", "sm_86", True),
-        ("sm_90", "sm_90", True),
-        ("sm_90a", "sm_90", True),
-        ("sm_80", "sm_90", False),
-        ("compute_90", "sm_120", True),
-        ("sm_120", "sm_90", False),
-        ("sm_75", "sm_70", False),
-    ],
-)
-def test_which_gpus_a_pytorch_is_built_for(architecture: str, capability: str, runs: bool) -> None:
-    assert hardware._runs_on(architecture, capability) is runs
+@needs_no_gpu
+def test_a_gpu_that_pytorch_has_no_code_for(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's report of a GPU is made up: no old one is at hand."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (6, 1))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA GeForce GTX 1080")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80"])
+    set_params(here / "params.yaml", {"runtime.device": "auto"})
+    reason = "NVIDIA GeForce GTX 1080 is sm_61, and this PyTorch is built for sm_75, sm_80"
+    finds(hardware.gpu(), "warn", f"{reason}: the cpu computes", "install a PyTorch")
+    set_params(here / "params.yaml", {"runtime.device": "cuda"})
+    with pytest.raises(InputError, match=rf"runtime\.device: 'cuda': {reason}"):
+        hardware.gpu()
 
 
 def test_bfloat16(here: Path) -> None:

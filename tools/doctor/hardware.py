@@ -35,16 +35,11 @@ def gpu() -> Finding:
         return fail(f"{there}, but PyTorch does not see it", "python -c 'import torch; torch.cuda.init()' (says why)")
     chosen = device.resolve(runtime.device)
     processes = device.num_processes(runtime)
+    if chosen.type != "cuda" and runtime.device == "auto" and torch.cuda.is_available():
+        return warn(f"{device.without_code(0)}: the {chosen.type} computes", "install a PyTorch that is built for it")
     if chosen.type != "cuda":
         unused = f"; {some(names)} is not used (runtime.device)" if names else ""
         return ok(f"{chosen.type} by runtime.device: {runtime.device}, PyTorch {torch.__version__}{unused}")
-    capability = "sm_{}{}".format(*torch.cuda.get_device_capability(chosen))
-    built_for = torch.cuda.get_arch_list()
-    if not any(_runs_on(architecture, capability) for architecture in built_for):
-        return fail(
-            f"{torch.cuda.get_device_name(chosen)} is {capability}; this PyTorch is built for {', '.join(built_for)}",
-            "dvc exp run -S runtime.device=cpu (or another PyTorch)",
-        )
     together = f", {processes} processes" if processes > 1 else ""
     return ok(
         f"{torch.cuda.get_device_name(chosen)}, driver {driver or 'unknown'}, CUDA {torch.version.cuda}{together}"
@@ -113,13 +108,6 @@ def _nvidia() -> tuple[list[str], str, str]:
         return [], "", ""
     newest = re.search(r"CUDA (?:UMD )?Version: *(\d+\.\d+)", page.stdout)
     return [row[0] for row in rows], rows[0][1], newest[1] if newest else ""
-
-
-def _runs_on(architecture: str, capability: str) -> bool:
-    """Whether code for `architecture` runs on a GPU: within a major version upwards; compute_ for all later ones."""
-    kind, built = architecture.split("_")[0], int(re.sub(r"\D", "", architecture.split("_")[1]))
-    mine = int(capability.split("_")[1])
-    return built <= mine and (kind == "compute" or built // 10 == mine // 10)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 
 from stages.core import device, precision
 from stages.core.errors import InputError
+from stages.core.runtime import RuntimeParams
 
 
 def test_auto_takes_the_best_that_is_there() -> None:
@@ -19,6 +22,74 @@ def test_a_missing_device_is_an_error(name: str) -> None:
         pytest.skip(f"this machine has {name}")
     with pytest.raises(InputError, match=rf"runtime\.device: '{name}' is not there \(this machine has: cpu"):
         device.resolve(name)
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let PyTorch report GPUs of these kinds, and code for these: old cards are in no machine that runs the tests."""
+
+    def report(*capabilities: tuple[int, int], built_for: Sequence[str]) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"NVIDIA number {index}")
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(built_for))
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+    return report
+
+
+@pytest.mark.parametrize(
+    ("architecture", "capability", "runs"),
+    [
+        ("sm_80", (8, 6), True),
+        ("sm_90", (9, 0), True),
+        ("sm_90a", (9, 0), True),
+        ("sm_80", (9, 0), False),
+        ("compute_90", (12, 0), True),
+        ("sm_120", (9, 0), False),
+        ("sm_75", (7, 0), False),
+    ],
+)
+def test_which_gpus_a_pytorch_has_code_for(
+    architecture: str, capability: tuple[int, int], runs: bool, gpus: Callable[..., None]
+) -> None:
+    gpus(capability, built_for=[architecture])
+    assert (device.without_code(0) is None) is runs
+    assert (device.resolve("auto").type == "cuda") is runs
+
+
+def test_auto_passes_over_a_gpu_without_code_and_says_so(
+    gpus: Callable[..., None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    runtime = RuntimeParams(
+        device="auto",
+        threads=torch.get_num_threads(),
+        workers=0,
+        processes=1,
+        resident=False,
+        checkpoint_seconds=None,
+        checkpoint_steps=None,
+        cache_dir="cache",
+    )
+    gpus((6, 1), built_for=["sm_75", "sm_120"])
+    assert device.set_up(runtime).type in ("cpu", "mps")
+    reason = "NVIDIA number 0 is sm_61, and this PyTorch is built for sm_75, sm_120"
+    assert capfd.readouterr().err == f"runtime.device: auto: {reason}; it is not used\n"
+    with pytest.raises(InputError, match=f"runtime.device: 'cuda': {reason}; use auto or cpu"):
+        device.resolve("cuda")
+    gpus((6, 1), (8, 6), built_for=["sm_75", "sm_80"])  # a newer one beside it
+    assert device.resolve("auto") == torch.device("cuda", 1)
+    with pytest.raises(InputError, match="NVIDIA number 0 is sm_61"):
+        device.resolve("cuda:0")
+
+
+def test_gpus_of_amd_are_not_judged_by_nvidias_names(
+    gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus((9, 0), built_for=["gfx90a", "gfx1100"])
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert device.resolve("cuda") == torch.device("cuda", 0)
 
 
 def test_precision() -> None:
