@@ -147,6 +147,13 @@ def test_changing_a_module_makes_stale_exactly_the_stages_that_import_it(reposit
         path.write_text(original)
 
 
+def test_line_ends_are_the_committed_ones_whatever_git_is_set_to(repository: Path, tmp_path: Path) -> None:
+    """Hashes in dvc.lock are of bytes; Git for Windows sets core.autocrlf."""
+    run(tmp_path, "git", "clone", "-q", "-c", "core.autocrlf=true", str(repository), "clone")
+    for name in run(repository, "git", "ls-files").stdout.splitlines():
+        assert (tmp_path / "clone" / name).read_bytes() == (repository / name).read_bytes(), name
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_small_results_are_for_git_and_large_ones_for_dvc(stage: str) -> None:
     for kind in ("metrics", "plots"):

@@ -310,6 +310,7 @@ def test_a_registered_model_is_monitored_by_its_own_detector(
     registry.register()
     registry.promote("prod", None)
     shutil.rmtree("models")
+    Path("prod").mkdir()  # no model is in it
     assert predict.main([str(lively / "val"), "--model", "prod", "--monitor"]) in (0, 10, 20)
     assert "in 60 images" in capsys.readouterr().err
     assert sorted(path.name for path in Path(".dvc/tmp/models").glob("*/*")) == ["classifier", "drift", "onnx"]

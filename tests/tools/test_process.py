@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import threading
@@ -59,3 +60,7 @@ def test_programs_run_from_any_thread() -> None:
     thread.start()
     thread.join()
     assert found == ["said\n"]
+
+
+def test_names_that_are_not_utf8_come_back_as_they_are() -> None:
+    assert os.fsencode(run(["printf", r"caf\351.jpg"]).stdout) == b"caf\xe9.jpg"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from pathlib import Path
 
@@ -171,6 +172,8 @@ def test_tags_are_read_as_gto_reads_them(here: Path, monkeypatch: pytest.MonkeyP
     run(here, "git", "tag", "classifier#prod#20", commits[5])
     run(here, "git", "tag", "-a", "-m", "m", "classifier-2@v0.0.1", commits[0])
     run(here, "git", "tag", "-a", "-m", "m", "drift-detector#prod#1", commits[6])
+    for odd in ("v1.0.0rc1", "v1.0.0.x", "v1"):  # no versions to gto, either
+        run(here, "git", "tag", "-a", "-m", "m", f"classifier@{odd}", commits[0])
     found = versions.read_registry()
     assert list(found.versions) == [f"v0.0.{i + 1}" for i in range(11)]  # 9 before 10, and 12 is withdrawn
     assert found.stages == {"dev": commits[4], "prod": commits[0]}
@@ -180,6 +183,20 @@ def test_tags_are_read_as_gto_reads_them(here: Path, monkeypatch: pytest.MonkeyP
         assert said.strip() == version
     with pytest.raises(InputError, match=r"is .* in the future; set this machine's clock"):
         registry.promote("prod", "v0.0.5")
+
+
+def test_versions_are_in_the_order_of_semantic_versioning() -> None:
+    right = ["v0.0.9", "v0.0.10", "v1.0.0-1", "v1.0.0-rc.2", "v1.0.0-rc.10", "v1.0.0-rc.x", "v1.0.0", "v1.0.1+b-1"]
+    found = right[::-1]
+    found.sort(key=versions._order)
+    assert found == right
+
+
+def test_a_version_whose_commit_says_nothing_is_shown(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(here, "git", "commit", "-q", "--allow-empty", "--allow-empty-message", "-m", "")
+    registry.register()
+    registry.show()
+    assert re.search(r"^v0\.0\.1 +\w{7}  \d{4}-\d\d-\d\d  0\.\d{4}$", capsys.readouterr().out, flags=re.MULTILINE)
 
 
 # --- the model that a name stands for -----------------------------------------------------------------------------
@@ -259,6 +276,15 @@ def test_a_model_that_is_nowhere_is_told_of_and_leaves_nothing_behind(here: Path
     with pytest.raises(InputError, match=r"neither in DVC's cache nor on the remote storage: `python"):
         revision.model_folder("v0.0.1", "models/classifier")
     assert [path for path in (here / ".dvc/tmp/models").rglob("*") if path.is_file() or "new" in path.name] == []
+
+
+def test_a_part_of_an_output_is_not_taken_for_the_output(here: Path) -> None:
+    with pytest.raises(InputError, match="has no models/classifier/typo"):
+        revision.model_folder("HEAD", "models/classifier/typo")
+    part = revision.model_folder("HEAD", "models/classifier/model.json")
+    assert part.read_bytes() == (here / "models/classifier/model.json").read_bytes()
+    assert revision.model_folder("HEAD", "models/classifier/model.json") == part
+    assert files(revision.model_folder("HEAD", "models/classifier")) == files(here / "models/classifier")
 
 
 def test_a_damaged_file_is_not_taken(here: Path) -> None:

@@ -27,7 +27,7 @@ from PIL import Image
 from stages.core.archive import Limits
 from stages.core.corruptions import corrupt
 from stages.core.dataset import load_meta, load_split
-from stages.core.errors import InputError
+from stages.core.errors import InputError, Stopped
 from stages.core.params import load_params
 from tests.helpers import (
     PATIENCE,
@@ -43,6 +43,7 @@ from tests.helpers import (
     write_files,
 )
 from tools.retrain import experiment, kept, labelled
+from tools.retrain.command import _ask_monitor
 from tools.retrain.judgement import Accuracies, doubt, objection
 from tools.retrain.params import Params, RetrainParams
 
@@ -355,6 +356,52 @@ def test_a_killed_dvc_leaves_no_overrides_behind(repository: Path, monkeypatch: 
                 assert state(repository) == before
 
 
+def test_a_lock_that_somebody_changed_is_not_taken_back(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repository)
+    with experiment.only_run():
+        (repository / ".dvc/tmp/retrain/overrides.json").write_text(json.dumps({"train.lr": 0.5}))
+        own = (repository / "dvc.lock").read_text() + "# mine\n"
+        (repository / "dvc.lock").write_text(own)
+        with pytest.raises(InputError, match=r"not committed: dvc\.lock"):
+            experiment.check_repository()
+    assert (repository / "dvc.lock").read_text() == own
+
+
+def test_only_folders_of_the_same_experiment_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dvc leaves the folders of killed runs, some of them before params.yaml was whole."""
+    monkeypatch.chdir(tmp_path)
+    root = ".dvc/tmp/exps/standalone"
+    others = [b"", b"train: {lr", b"train:\n  lr: 0.4\n", b"train: 3\n", b"\xff"]
+    write_files(tmp_path, {f"{root}/tmp{i}/params.yaml": content for i, content in enumerate(others)})
+    write_files(tmp_path, {f"{root}/tmp6/params.yaml": b"train:\n  lr: 0.5\n  seed: 0\n"})
+    experiment._remove_leftovers({"train.lr": 0.5})
+    assert sorted(path.name for path in Path(root).iterdir()) == [f"tmp{i}" for i in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("ends", "kind", "says"),
+    [
+        ("kill -9 $$", Stopped, r"the monitor was ended by signal 9 \(out of memory\?\); run the same command again"),
+        (
+            "echo 'monitor: error: No space left on device' >&2; exit 1",
+            ConnectionError,
+            "^monitor: error: No space left",
+        ),
+        ("echo 'Traceback' >&2; exit 1", RuntimeError, "the monitor ended with exit status 1: Traceback"),
+        ("echo 'monitor: error: no images' >&2; exit 2", InputError, "^no images$"),
+    ],
+)
+def test_a_monitor_without_a_verdict(
+    ends: str, kind: type[Exception], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monitor = tmp_path / "python"
+    monitor.write_text(f"#!/bin/sh\n{ends}\n")
+    monitor.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(monitor))
+    with pytest.raises(kind, match=says):
+        _ask_monitor("images", tmp_path)
+
+
 def break_off(repository: Path, at: str, facts: dict[str, Any]) -> str:
     """Leave a promotion as it is when it is killed at some point; returns the commit that was to be promoted."""
     write_files(repository, {"retrain/labelled-0000000000000000.tar": b"old"})
@@ -399,6 +446,7 @@ def test_a_promotion_that_was_broken_off_is_finished(
     monkeypatch.chdir(repository)
     facts = {"experiment": "retrain-x"}
     commit = break_off(repository, at, facts)
+    run(repository, "git", "config", "merge.verifySignatures", "true")  # a commit of ours has none
     with experiment.only_run():
         assert experiment.finish_promotion() == facts | {"commit": commit, "tag": "classifier@v0.0.1"}
         assert experiment.finish_promotion() == facts | {"commit": commit, "tag": "classifier@v0.0.1"}

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from stages.core.errors import InputError, run_main
 from stages.core.params import Section, load_params
 from stages.core.runtime import RuntimeParams
+from tools.shared.arguments import output_file
 
 if TYPE_CHECKING:
     from stages.core.detector import Detector, Judgement
@@ -207,8 +208,8 @@ def in_words(report: dict[str, Any]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tools.monitor", description=__doc__.split("\n\n")[0])
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="folder, archive, image file or packed .npy")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a self-contained page with pictures")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the report as JSON")
+    parser.add_argument("--html", type=output_file, metavar="FILE", help="write a self-contained page with pictures")
     parser.add_argument("--top", type=int, default=12, metavar="N", help="how many strange images to show (12)")
     parser.add_argument("--classifier", type=Path, default=Path("models/classifier"), metavar="DIR")
     parser.add_argument("--detector", type=Path, default=Path("models/drift"), metavar="DIR")

@@ -38,6 +38,7 @@ from stages.core.production import (
 )
 from stages.core.runtime import num_cpus
 from tools.predict.formats import FORMATS, Guess, Prediction
+from tools.shared.arguments import output_file
 from tools.shared.process import run_tool
 
 if TYPE_CHECKING:
@@ -196,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="folder, archive, file, pattern; - reads paths")
     parser.add_argument("--model", default=str(onnx_model.ONNX), metavar="NAME", help="path, stage, version, revision")
     parser.add_argument("--format", choices=FORMATS, help="csv, unless --output ends in .json")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write to a file instead of standard output")
+    parser.add_argument("--output", type=output_file, metavar="FILE", help="write to a file instead of standard output")
     parser.add_argument("--top", type=_positive, default=1, metavar="K", help="classes an image (1)")
     parser.add_argument(
         "--batch", type=_positive, default=64, metavar="N", help="images that are computed at once (64)"

@@ -48,8 +48,9 @@ def judge(windows: Sequence[Window], folder: Path, name: str) -> int:
 
 def _beside(folder: Path, name: str, what: str) -> Path:
     place = folder.parent / what
-    if not place.is_dir() and not Path(name).exists():
-        from tools.registry.revision import model_folder
+    if not place.is_dir():
+        from tools.registry.revision import CACHE, model_folder
 
-        return model_folder(name, f"models/{what}")
+        if folder.is_relative_to(CACHE):
+            return model_folder(name, f"models/{what}")
     return place

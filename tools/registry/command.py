@@ -107,7 +107,7 @@ def show() -> None:
         return
     rows = [("version", "stages", "commit", "date", "top1", "subject")]
     for version, commit in reversed(registry.versions.items()):
-        date, subject = git("show", "--no-patch", "--format=%cs %s", commit).split(" ", 1)
+        date, _, subject = git("show", "--no-show-signature", "--no-patch", "--format=%cs %s", commit).partition(" ")
         top1 = _top1(commit)
         stages = " ".join(registry.stages_of(commit))
         rows.append((version, stages, commit[:7], date, "" if top1 is None else f"{top1:.4f}", subject))

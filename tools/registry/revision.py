@@ -15,7 +15,7 @@ from tools.registry.versions import resolve
 from tools.shared.commands import git
 
 _OF_THIS_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
-_CACHE = Path(".dvc/tmp/models")  # <commit>/<folder>; removing it costs the next call a copy
+CACHE = Path(".dvc/tmp/models")  # <commit>/<output>, side by side; removing it costs the next call a copy
 
 
 def model_folder(name: str, path: str = "models/onnx") -> Path:
@@ -27,8 +27,9 @@ def model_folder(name: str, path: str = "models/onnx") -> Path:
     if not Path(".git").exists():
         raise InputError(f"no git repository here to find the model {name!r} in; run this from the root of one")
     commit = resolve(name)
-    folder = _CACHE / commit / path.removeprefix("models/")
-    if not folder.is_dir():
+    # One level: a path inside of an output is not taken for the output.
+    folder = CACHE / commit / path.removeprefix("models/").strip("/").replace("/", "+")
+    if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
         try:

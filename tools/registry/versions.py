@@ -19,7 +19,7 @@ from tools.shared.commands import git
 
 ARTIFACT = "classifier"  # in `artifacts:` of dvc.yaml; a version of it is a version of all that its commit made
 _TAG = re.compile(
-    rf"{ARTIFACT}(?:@(?P<version>v\d+\.\d+\.\d+[^!#]*)|#(?P<stage>[\w-]+))(?P<cancels>!?)(?:#(?P<counter>\d+))?"
+    rf"{ARTIFACT}(?:@(?P<version>v\d+\.\d+\.\d+(?:-[\w.-]+)?(?:\+[\w.-]+)?)|#(?P<stage>[\w-]+))(?P<cancels>!?)(?:#(?P<counter>\d+))?"
 )
 _EXPERIMENT = re.compile(r"refs/exps/[0-9a-f]{2}/([0-9a-f]{38})/([^/]+)")
 _FORMAT = "%(refname:strip=2)%00%(objecttype)%00%(*objectname)%00%(taggerdate:unix)"
@@ -109,7 +109,8 @@ def _experiments() -> dict[str, list[str]]:
     return all_of_them | own
 
 
-def _order(version: str) -> tuple[list[int], bool, str]:
-    """Semantic versions in their order: v0.0.9 before v0.0.10, v1.0.0-rc1 before v1.0.0."""
-    core, _, pre_release = version[1:].partition("-")
-    return [int(number) for number in core.split("+")[0].split(".")], pre_release == "", pre_release
+def _order(version: str) -> tuple[list[int], bool, list[tuple[bool, int, str]]]:
+    """Semantic versions in their order: v0.0.9 before v0.0.10, v1.0.0-rc.2 before v1.0.0-rc.10 before v1.0.0."""
+    core, _, pre_release = version[1:].partition("+")[0].partition("-")
+    parts = [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in pre_release.split(".")]
+    return [int(number) for number in core.split(".")], pre_release == "", parts

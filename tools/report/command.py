@@ -20,6 +20,7 @@ from tools.report.machine import environment
 from tools.report.page import markdown, page
 from tools.report.profile import read_profile
 from tools.report.source import WORKSPACE, default_baseline, open_source
+from tools.shared.arguments import output_file
 
 
 def main() -> int:
@@ -54,8 +55,8 @@ def _parse() -> argparse.Namespace:
         "commit that it was made from, of the workspace HEAD, otherwise the last commit with other results)",
     )
     compared.add_argument("--alone", action="store_true", help="compare with nothing")
-    parser.add_argument("--html", type=Path, default=Path("report/report.html"), metavar="FILE")
-    parser.add_argument("--markdown", type=Path, default=Path("report/report.md"), metavar="FILE")
+    parser.add_argument("--html", type=output_file, default=Path("report/report.html"), metavar="FILE")
+    parser.add_argument("--markdown", type=output_file, default=Path("report/report.md"), metavar="FILE")
     return parser.parse_args()
 
 

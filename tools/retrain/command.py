@@ -28,13 +28,14 @@ from typing import Any, Literal
 from stages.core.archive import Limits
 from stages.core.corruptions import FAMILIES, SEVERITIES
 from stages.core.dataset import load_meta
-from stages.core.errors import InputError
+from stages.core.errors import InputError, Stopped
 from stages.core.output import write_bytes, write_json
 from stages.core.params import load_params
 from tools.monitor import command as monitor
 from tools.retrain import experiment, kept, labelled
 from tools.retrain.params import Params
 from tools.shared import process
+from tools.shared.arguments import output_file
 from tools.shared.process import run_tool
 
 CLASSIFIER, DETECTOR = "models/classifier", "models/drift"
@@ -189,6 +190,11 @@ def _ask_monitor(
     words = (result.stderr or result.stdout).strip()
     if result.returncode == 2:
         raise InputError(words.removeprefix("monitor: error: "))
+    if result.returncode < 0:  # the kernel's out-of-memory killer leaves no words
+        reason = f"the monitor was ended by signal {-result.returncode} (out of memory?); run the same command again"
+        raise Stopped(reason, -result.returncode)
+    if result.returncode == 1 and "Traceback" not in words:  # what the machine refuses, as a full disk
+        raise ConnectionError(words)
     if result.returncode not in _VERDICTS or not out.exists():
         raise RuntimeError(f"the monitor ended with exit status {result.returncode}: {words}")
     verdict: dict[str, Any] = json.loads(out.read_text())
@@ -260,7 +266,7 @@ def _report(arguments: argparse.Namespace, summary: dict[str, Any]) -> int:
     kept = "; the model at work stays" if decision in ("not promoted", "failed") else ""
     print(f"retrain: {decision}{tag}: {summary['reason']}{kept}", flush=True)
     if arguments.json:
-        write_json(Path(arguments.json), summary)
+        write_json(arguments.json, summary)
     experiment.forget_promotion()
     return 1 if decision in ("not promoted", "failed") else 0
 
@@ -274,7 +280,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--start", choices=("current", "scratch"), default="current", help="weights to start from (current)"
     )
-    parser.add_argument("--json", help="file for all numbers and the decision")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="file for all numbers and the decision")
     return parser.parse_args()
 
 

@@ -53,7 +53,13 @@ def run(command: Sequence[str], env: Mapping[str, str] | None = None) -> subproc
     with ExitStack() as stack:
         with signals_held():
             process = subprocess.Popen(  # noqa: S603
-                command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                command,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                encoding="utf-8",
+                errors="surrogateescape",  # names of files need not be UTF-8
             )
             stack.enter_context(process)
             stack.callback(_end, process)
