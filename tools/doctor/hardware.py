@@ -72,6 +72,7 @@ def precision(wanted: str, kind: str, has_bf16: bool) -> Finding:
 
 def threads() -> Finding:
     """runtime.threads against the CPUs that this process may use."""
+    from stages.core import device
     from stages.core.runtime import cpu_quota, num_cpus, num_threads
 
     runtime = section("runtime")
@@ -85,7 +86,7 @@ def threads() -> Finding:
             f"runtime.threads is {runtime.threads}, and {why}: threads that wait for each other",
             f"dvc exp run -S runtime.threads={limit} (results differ in the last bits)",
         )
-    if wanted < limit and runtime.device in ("auto", "cpu") and not _nvidia()[0]:
+    if wanted < limit and runtime.device in ("auto", "cpu") and device.resolve(runtime.device).type == "cpu":
         return warn(
             f"runtime.threads is {wanted} of {limit} CPUs",
             f"dvc exp run -S runtime.threads={limit} (results differ in the last bits)",
