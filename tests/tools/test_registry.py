@@ -225,6 +225,27 @@ def test_a_fresh_clone_finds_the_same_bytes(
     assert files(tmp_path / "got") == old
 
 
+def test_files_that_are_nowhere_are_not_called_pushed(
+    two_versions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(two_versions, tmp_path / "copy", symlinks=True)
+    monkeypatch.chdir(tmp_path / "copy")
+    (tmp_path / "empty").mkdir()
+    run(Path.cwd(), "dvc", "remote", "modify", "-q", "storage", "url", str(tmp_path / "empty"))
+    weights = cached_file(Path.cwd(), "models/classifier/model.safetensors")
+    weights.unlink()
+    digest = weights.parent.name + weights.name
+    with pytest.raises(
+        InputError, match=f"remote storage does not have everything, .* a file of md5 {digest}; push from"
+    ):
+        registry.push()
+    shutil.rmtree(Path(".dvc/cache"))
+    shutil.rmtree(tmp_path / "empty")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"nor has DVC's cache: .*models/classifier, .*; push from where it was made"):
+        registry.push()
+
+
 def run_bytes(folder: Path, name: str) -> bytes:
     """A file of models/classifier as it was in a version, by dvc itself."""
     version, _, path = name.partition(":")

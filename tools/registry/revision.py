@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +84,8 @@ def fetch(commit: str, paths: list[str], folder: Path, called: str | None = None
 def push(commits: list[str]) -> tuple[int, str]:
     """Copy the data of commits to DVC's default remote; returns how many files were new there, and its name.
 
+    InputError for files that are neither here nor there, which to DVC is a warning.
+
     `dvc push --all-tags` takes the remote out of each commit's own config: what was committed before the remote was
     configured, it leaves out without a word. Here it is the workspace's remote.
     """
@@ -89,11 +95,38 @@ def push(commits: list[str]) -> tuple[int, str]:
     config = _remote_config()
     if not config:
         raise InputError("no remote is configured: `dvc remote add --default NAME URL`, commit .dvc/config, then again")
+    remote = config["core"]["remote"]
     try:
-        with Repo(".", config=config) as repo:
-            return repo.push(revs=commits, workspace=False), config["core"]["remote"]
+        with Repo(".", config=config) as repo, _missing_files() as missing:
+            count = repo.push(revs=commits, workspace=False)
     except (DvcException, OSError) as error:
-        raise InputError(f"the remote {config['core']['remote']} does not have everything: {error}") from error
+        raise InputError(f"the remote {remote} does not have everything: {error}") from error
+    if missing:
+        whole = {out["md5"].removesuffix(".dir"): out["path"] for commit in commits for out in _outs(commit)}
+        named = sorted({whole.get(digest, f"a file of md5 {digest}") for digest in missing})
+        raise InputError(
+            f"the remote {remote} does not have everything, nor has DVC's cache: {', '.join(named)}; "
+            "push from where it was made"
+        )
+    return count, remote
+
+
+@contextmanager
+def _missing_files() -> Iterator[set[str]]:
+    """Yield the hashes (md5, 32 hex digits) of the files that dvc warns of, while it pushes, as being nowhere."""
+    found: set[str] = set()
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "neither locally nor on remote" in record.getMessage():
+                found.update(re.findall(r"md5: ([0-9a-f]{32})", record.getMessage()))
+
+    logger, handler = logging.getLogger("dvc_data"), Handler(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
 
 
 def _remote_config() -> dict[str, Any]:
@@ -121,7 +154,11 @@ def _move(source: Path, target: Path) -> None:
 
 def _outputs(commit: str) -> list[str]:
     """The outputs that dvc.lock names at a commit."""
+    return sorted(out["path"] for out in _outs(commit))
+
+
+def _outs(commit: str) -> list[dict[str, Any]]:
     from ruamel.yaml import YAML
 
     lock = YAML(typ="safe", pure=True).load(git("show", f"{commit}:dvc.lock", check=False)) or {}
-    return sorted(out["path"] for stage in lock.get("stages", {}).values() for out in stage.get("outs", ()))
+    return [out for stage in lock.get("stages", {}).values() for out in stage.get("outs", ())]
