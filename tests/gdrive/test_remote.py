@@ -115,3 +115,6 @@ def test_a_folder_serves_as_the_remote_without_an_account(made_once: Path, googl
     result = tool(google, second, "pull", check=False)
     assert result.returncode == 2
     assert "make push where it was made" in result.stderr.splitlines()[-1]
+    result = tool(google, second, "push", check=False)  # to dvc, files that are nowhere are a warning
+    assert result.returncode == 2
+    assert "nor has DVC's cache: make push where it was made" in result.stderr.splitlines()[-1]

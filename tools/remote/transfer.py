@@ -25,6 +25,7 @@ PATIENCE = 120.0  # seconds without any progress; PyDrive2 waits up to 20 s betw
 ATTEMPTS = 4
 _POLL_SECONDS = 0.1
 _SECONDS_TO_END = 5.0
+_NOWHERE = "neither locally nor on remote"
 
 
 def transfer(
@@ -74,7 +75,9 @@ def _run(arguments: list[str], patience: float, variables: dict[str, str], reque
             raise Stopped(f"{arguments[0]} {request.reason}; what has arrived stays", request.signal_number)
         if stands_still:
             return f"ERROR: no progress for {patience:g} s"
-        return None if process.returncode == 0 else reasons.read_text(errors="replace")
+        said = reasons.read_text(errors="replace")
+        lacks = arguments[0] == "push" and _NOWHERE in said  # a warning to dvc
+        return said if process.returncode or lacks else None
 
 
 def _first_error(reasons: str) -> str:
@@ -135,6 +138,11 @@ def final_reason(reasons: str) -> None:
         raise InputError(
             "the remote does not have everything that dvc.lock names: make push where it was made, or "
             "make it here: dvc repro"
+        )
+    if _NOWHERE in reasons and "CheckoutError" not in reasons:
+        raise InputError(
+            "the remote does not have everything that dvc.lock names, nor has DVC's cache: make push where it was "
+            "made, or make it here: dvc repro"
         )
     if "No space left on device" in reasons or "Errno 28" in reasons:
         raise InputError("no space is left on this disk: make room (dvc gc -w removes what no file here needs)")
