@@ -7,11 +7,15 @@ Outputs  data/raw/{train,val}.tar   uncompressed, members `<class>/<image>` in c
 Command  python -m stages.extract
 """
 
+# Of os.path, not of Path, which raises for a home that nobody has, and for a name that is too long (a signed URL).
+# ruff: noqa: PTH111, PTH112, PTH113
+
 from __future__ import annotations
 
 import difflib
 import hashlib
 import io
+import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,7 +29,7 @@ from pydantic import Field
 from stages.core import sample
 from stages.core.archive import Limits, open_image_set
 from stages.core.download import check, fetch
-from stages.core.errors import InputError, where_dvc_has_it
+from stages.core.errors import DamagedError, InputError, where_dvc_has_it
 from stages.core.image import check_is_image
 from stages.core.output import replace_directory, write_json
 from stages.core.parallel import parallel_map
@@ -90,8 +94,8 @@ def main(params: Params) -> None:
                 _write_tar(out / f"{split}.tar", source.images[split], split, source.counts[split])
                 _refuse_prefix(out / f"{split}.tar", split)
             found = content_hash(out)
-            if Path(params.data.source).expanduser().is_dir():
-                _check_folder(params.data, found)
+            if params.data.source == "sample" or os.path.isdir(_path(params.data.source)):
+                _check_content(params.data, found)
             if further is not None:
                 extra = _add_extra(params.data, further, out)
                 counts = {split: counts[split] + extra.num_images[split] for split in SPLITS}
@@ -119,7 +123,7 @@ def _open_source(params: Params, scratch: Path) -> Iterator[_Source]:
         yield _generate(params.sample, num_workers(params.runtime))
         return
     path = _locate(data.source, "source", data.md5, data.sha256, cache_dir(params.runtime) / "downloads")
-    with _opened(path, _limits(data), scratch, None) as source:
+    with _removed_if_damaged(path, data.source), _opened(path, _limits(data), scratch, None) as source:
         yield source
 
 
@@ -135,9 +139,21 @@ def _open_extra(params: Params, source: _Source, scratch: Path) -> Iterator[_Sou
     path = _locate(data.extra, "extra", None, data.extra_sha256, cache_dir(params.runtime) / "downloads")
     folder = scratch / "extra"
     folder.mkdir()
-    with _opened(path, _limits(data), folder, source.classes) as extra:
+    with _removed_if_damaged(path, data.extra), _opened(path, _limits(data), folder, source.classes) as extra:
         yield extra
     folder.rmdir()
+
+
+@contextmanager
+def _removed_if_damaged(path: Path, value: str) -> Iterator[None]:
+    """A download that proves to be no archive (a page that asks for a password) must not be kept for the next run."""
+    try:
+        yield
+    except DamagedError as error:
+        if not _is_download(value):
+            raise
+        path.unlink(missing_ok=True)
+        raise InputError(f"{error}: the next run does, this copy is removed") from None
 
 
 @contextmanager
@@ -170,7 +186,7 @@ def _add_extra(data: DataParams, extra: _Source, out: Path) -> ExtraInfo:
         tar = out / f"{split}.tar"
         _write_tar(tar, renamed(split), split, extra.counts[split], mode="a")
     found = digest.hexdigest()
-    is_folder = Path(data.extra or "").expanduser().is_dir()
+    is_folder = os.path.isdir(_path(data.extra or ""))
     if is_folder and data.extra_sha256 and data.extra_sha256.lower() != found:
         raise InputError(f"{data.extra}: content sha256 is {found}, expected {data.extra_sha256} (data.extra_sha256)")
     return ExtraInfo(num_images=extra.counts, sha256=found)
@@ -208,15 +224,13 @@ def _generate(params: SampleParams, workers: int) -> _Source:
 def _locate(value: str, key: str, md5: str | None, sha256: str | None, downloads: Path) -> Path:
     """The local folder or archive behind `data.KEY`, downloaded where it has to be, its checksum checked."""
     key_prefix = "data." if key == "source" else f"data.{key}_"
-    if value in NAMED_SOURCES:
-        url, published = NAMED_SOURCES[value]
+    if _is_download(value):
+        url, published = NAMED_SOURCES.get(value, (value, None))
         return fetch(url, downloads, md5=md5 or published, sha256=sha256, key_prefix=key_prefix)
-    if value.startswith(("http://", "https://")):
-        return fetch(value, downloads, md5=md5, sha256=sha256, key_prefix=key_prefix)
-    path = Path(value).expanduser()
-    if path.is_dir():
+    path = _path(value)
+    if os.path.isdir(path):
         return path  # its checksum is that of the content, known when it has been read
-    if path.is_file():
+    if os.path.isfile(path):
         check(path, md5=md5, sha256=sha256, key_prefix=key_prefix)
         return path
     if kept := where_dvc_has_it(path):
@@ -230,9 +244,18 @@ def _locate(value: str, key: str, md5: str | None, sha256: str | None, downloads
     )
 
 
-def _check_folder(data: DataParams, found: str) -> None:
+def _is_download(value: str) -> bool:
+    return value in NAMED_SOURCES or value.startswith(("http://", "https://"))
+
+
+def _path(value: str) -> Path:
+    return Path(os.path.expanduser(value))
+
+
+def _check_content(data: DataParams, found: str) -> None:
     if data.md5:
-        raise InputError("params.yaml: data.md5: a folder has none; use data.sha256, the content hash in source.json")
+        what = "the sample" if data.source == "sample" else "a folder"
+        raise InputError(f"params.yaml: data.md5: {what} has none; use data.sha256, the content hash in source.json")
     if data.sha256 and data.sha256.lower() != found:
         raise InputError(f"{data.source}: content sha256 is {found}, expected {data.sha256.lower()} (data.sha256)")
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from stages.core.errors import InputError
+from stages.core.errors import DamagedError, InputError
 from stages.core.source import SPLITS
 
 # Litter of operating systems, left out silently wherever it lies.
@@ -105,19 +105,19 @@ def open_labelled(
 
 @contextmanager
 def refused_when_damaged(what: str) -> Iterator[None]:
-    """Turn what reading a damaged archive raises into an InputError that begins with `what`; the disk's errors pass."""
+    """Turn what a damaged archive raises into a DamagedError that begins with `what`; the disk's errors pass."""
     try:
         yield
     except InputError:
         raise
     except _DAMAGED as error:
-        raise InputError(f"{what}: {error or type(error).__name__}; fetch it again") from None
+        raise DamagedError(f"{what}: {error or type(error).__name__}; fetch it again") from None
     except MemoryError:
-        raise InputError(f"{what}: a header asks for more memory than there is; fetch it again") from None
+        raise DamagedError(f"{what}: a header asks for more memory than there is; fetch it again") from None
     except OSError as error:
         if error.errno not in (None, errno.EINVAL):  # the disk's fault, not the archive's
             raise
-        raise InputError(f"{what}: {error}; fetch it again") from None
+        raise DamagedError(f"{what}: {error}; fetch it again") from None
 
 
 # --- the kinds of source ------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def _folder_members(path: Path, limits: Limits) -> tuple[list[Member], set[PureP
     members: list[Member] = []
     directories: set[PurePosixPath] = set()
     total = 0
-    for folder, folder_names, file_names in os.walk(path):
+    for folder, folder_names, file_names in os.walk(path, onerror=_refuse):
         for name in folder_names + file_names:
             full = Path(folder, name)
             relative = full.relative_to(path).as_posix()
@@ -169,6 +169,10 @@ def _folder_members(path: Path, limits: Limits) -> tuple[list[Member], set[PureP
                 kind = "a link" if stat.S_ISLNK(mode) else "no regular file"
                 raise InputError(f"{path}: {relative!r} is {kind}; only files and folders are taken")
     return members, directories
+
+
+def _refuse(error: OSError) -> None:
+    raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from None
 
 
 def _zip_members(path: Path, archive: zipfile.ZipFile, limits: Limits) -> tuple[list[Member], set[PurePosixPath]]:
@@ -207,7 +211,9 @@ def _zip_reader(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> 
         with refused_when_damaged(f"{path}: {info.filename!r} is damaged"), archive.open(info) as file:
             content = file.read(info.file_size)
             if len(content) != info.file_size or file.read(1):
-                raise InputError(f"{path}: {info.filename!r} is damaged: not {info.file_size:,} bytes; fetch it again")
+                raise DamagedError(
+                    f"{path}: {info.filename!r} is damaged: not {info.file_size:,} bytes; fetch it again"
+                )
         return content
 
     return read
@@ -234,7 +240,7 @@ def _tar_members(
     with plain.open("rb") as file:
         file.seek(tar.offset)
         if file.read(512) != bytes(512):
-            raise InputError(f"{path}: truncated: the archive ends without its end marker; fetch it again")
+            raise DamagedError(f"{path}: truncated: the archive ends without its end marker; fetch it again")
     return members, directories
 
 
@@ -246,7 +252,7 @@ def _range_reader(path: Path, info: tarfile.TarInfo, plain: Path) -> Callable[[]
             file.seek(offset)
             content = file.read(size)
         if len(content) != size:
-            raise InputError(f"{path}: truncated inside {info.name!r}; fetch it again")
+            raise DamagedError(f"{path}: truncated inside {info.name!r}; fetch it again")
         return content
 
     return read
@@ -270,7 +276,7 @@ def _decompress(path: Path, opener: Callable[..., Any], limits: Limits, scratch:
         plain.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno is not None:  # the disk's fault, not the archive's
             raise
-        raise InputError(f"{path}: truncated or damaged: {error}; fetch it again") from None
+        raise DamagedError(f"{path}: truncated or damaged: {error}; fetch it again") from None
     except InputError:
         plain.unlink(missing_ok=True)
         raise

@@ -28,10 +28,14 @@ class InputError(ValueError):
     """Something the user gave is wrong: the message names the file or key, what is wrong and what to do."""
 
 
+class DamagedError(InputError):
+    """A file is not what it should be: damaged, cut off, or something else altogether."""
+
+
 def where_dvc_has_it(path: Path) -> str:
     """What a message about a file that is not there ends with: how to get it, if DVC keeps it; else nothing."""
     pointer = path.with_name(f"{path.name}.dvc")
-    if not pointer.is_file():
+    if not os.path.isfile(pointer):  # noqa: PTH113  # unlike Path.is_file, it says no to a name that is too long
         return ""
     return f"; DVC keeps it: `make pull` or `dvc checkout {pointer}` (`dvc exp run --temp` has it if no stage is named)"
 

@@ -27,8 +27,9 @@ def confusion_matrix(counts: NDArray[np.int64], classes: Sequence[str]) -> bytes
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="predicted", ylabel="true", title="Confusion matrix (share of the true class, %)")
     if num_classes <= 40:
-        axes.set_xticks(range(num_classes), classes, rotation=45, ha="right")
-        axes.set_yticks(range(num_classes), classes)
+        # Names are names: Matplotlib takes what is between two $ for a formula.
+        axes.set_xticks(range(num_classes), classes, rotation=45, ha="right", parse_math=False)
+        axes.set_yticks(range(num_classes), classes, parse_math=False)
     if num_classes <= 20:
         for row in range(num_classes):
             for column in range(num_classes):
@@ -65,7 +66,7 @@ def mistakes(images: NDArray[np.uint8], captions: Sequence[str], columns: int = 
         axis.axis("off")
     for axis, image, caption in zip(axes.flat, images, captions, strict=False):
         axis.imshow(image, interpolation="nearest")
-        axis.set_title(caption, fontsize=8)
+        axis.set_title(caption, fontsize=8, parse_math=False)
     return png(figure)
 
 

@@ -52,7 +52,7 @@ def find_images(places: Sequence[str]) -> list[ImageFile]:
     found: list[ImageFile] = []
     for place in places:
         path = Path(place)
-        if not path.exists():
+        if not os.path.exists(place):  # noqa: PTH110  # unlike Path.exists, it says no to a name that is too long
             raise InputError(f"{place}: no such file or folder")
         some = _inside(path)
         if not some:
@@ -101,10 +101,7 @@ def printable(text: str) -> str:
 
 def _inside(path: Path) -> list[ImageFile]:
     if path.is_dir():
-        files = [
-            file for file in path.rglob("*") if is_image_name(file.relative_to(path).as_posix()) and file.is_file()
-        ]
-        return [ImageFile(str(file), file.read_bytes) for file in sorted(files)]
+        return _below(path)
     if not path.is_file():  # opening a pipe would wait for somebody to write
         raise InputError(f"{path}: no regular file and no folder")
     if path.suffix == ".npy":
@@ -113,6 +110,23 @@ def _inside(path: Path) -> list[ImageFile]:
         return [ImageFile(str(path), path.read_bytes)]
     with path.open("rb") as stream:
         return _zipped(path) if stream.read(2) == b"PK" else _tarred(path)
+
+
+def _below(folder: Path) -> list[ImageFile]:
+    """The images of a folder; a folder in it that cannot be listed stands among them, as what cannot be read."""
+    closed: list[OSError] = []
+    files = [
+        path
+        for parent, _, names in os.walk(folder, onerror=closed.append)
+        for path in (Path(parent, name) for name in names)
+        if is_image_name(path.relative_to(folder).as_posix()) and path.is_file()
+    ]
+    unreadable = [ImageFile(str(error.filename), partial(_raise, error)) for error in closed]
+    return [ImageFile(str(file), file.read_bytes) for file in sorted(files)] + unreadable
+
+
+def _raise(error: OSError) -> bytes:
+    raise error
 
 
 def _packed(path: Path) -> list[ImageFile]:

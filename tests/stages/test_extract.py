@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
+import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -110,6 +113,58 @@ def test_a_refused_source_leaves_what_was_there(case: str, workspace: Path, tmp_
         run_stage(workspace, data__source=str(make_tgz(tmp_path, spoil(image_files()))))
     assert raw(workspace) == before
     assert [path.name for path in (workspace / "data").iterdir()] == ["raw"]
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[str]:
+    """The address of a real server of the files in tmp_path."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path)))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.mark.parametrize("content", [b"<html>Log in</html>", None])
+def test_a_download_that_is_no_archive_is_not_kept(
+    content: bytes | None, served: str, workspace: Path, tmp_path: Path
+) -> None:
+    """A page that asks for a password, or half of a file; and the address is long, as a signed one is."""
+    set_params(workspace / "params.yaml", {"runtime.cache_dir": str(tmp_path / "cache")})
+    path = make_tgz(tmp_path, image_files())
+    whole = path.read_bytes()
+    source = f"{served}/images.tgz?signature={'x' * 400}"
+    path.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    with pytest.raises(InputError, match="fetch it again: the next run does, this copy is removed"):
+        run_stage(workspace, data__source=source)
+    path.write_bytes(whole)
+    run_stage(workspace, data__source=source)
+    assert json.loads(raw(workspace)["source.json"])["num_images"] == {"train": 8, "val": 4}
+
+
+def test_an_archive_of_the_user_is_kept_whatever_it_is(workspace: Path, tmp_path: Path) -> None:
+    path = tmp_path / "images.tgz"
+    path.write_bytes(b"no archive")
+    with pytest.raises(InputError, match="fetch it again$"):
+        run_stage(workspace, data__source=str(path))
+    assert path.exists()
+
+
+def test_the_sample_has_the_checksum_of_its_content(workspace: Path) -> None:
+    with pytest.raises(InputError, match=r"sample: content sha256 is [0-9a-f]{64}, expected 0{64} \(data\.sha256\)"):
+        run_stage(workspace, data__sha256="0" * 64)
+    run_stage(workspace, data__sha256=None)
+    run_stage(workspace, data__sha256=json.loads(raw(workspace)["source.json"])["sha256"])
+    with pytest.raises(InputError, match=r"data\.md5: the sample has none; use data\.sha256"):
+        run_stage(workspace, data__md5="0" * 32)
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/images", "x" * 300])
+def test_a_place_that_cannot_be_is_not_there(name: str, workspace: Path) -> None:
+    with pytest.raises(InputError, match="is no file or folder here"):
+        run_stage(workspace, data__source=name)
 
 
 def test_an_unknown_source_names_the_choices(workspace: Path) -> None:

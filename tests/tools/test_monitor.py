@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,9 @@ from PIL import Image
 from stages.core import detector as detectors
 from stages.core.corruptions import corrupt
 from stages.core.errors import InputError
-from tests.helpers import PATIENCE, encoded, run, set_params, start, truncated, wait_until
+from tests.helpers import PATIENCE, encoded, run, set_params, start, truncated, wait_until, write_files
 from tools.monitor import command as monitor
+from tools.monitor import stream
 from tools.monitor.stream import growing_folder, stream_alpha
 
 
@@ -178,11 +180,23 @@ def test_a_stream_of_paths_is_judged_window_by_window(
         ),
         (["--json", "r.json"], "--json: a stream has no report"),
         (["--html", "r.html"], "--html: a stream has no report"),
+        (["--top", "3"], "--top: a stream has no report"),
     ],
 )
 def test_a_stream_that_cannot_be_calibrated_is_refused(options: list[str], message: str, production: Path) -> None:
     with pytest.raises(InputError, match=message):
         monitor.main([str(production), "--stream", *options])
+
+
+@pytest.mark.parametrize("option", ["--window", "--run-length", "--idle"])
+def test_what_is_of_a_stream_is_refused_without_one(option: str, production: Path) -> None:
+    with pytest.raises(InputError, match=f"^{option}: this is of a stream"):
+        monitor.main([str(production), option, "4"])
+
+
+def test_a_time_without_an_image_is_of_a_folder(production: Path) -> None:
+    with pytest.raises(InputError, match="^--idle: paths on stdin end when stdin does"):
+        monitor.main(["-", "--stream", "--idle", "4"])
 
 
 @pytest.mark.parametrize("window", [2, 3, 5])
@@ -251,6 +265,73 @@ def test_a_folder_is_watched_whatever_its_clock_says_and_whoever_removes_some(
 
     monkeypatch.setattr(os, "walk", walk_late)
     assert [Path(file.name).parent.name for file in found] == ["1", "1"]
+
+
+def test_a_file_that_is_written_anew_is_another_image_and_one_that_moves_is_not(tmp_path: Path) -> None:
+    growing = tmp_path / "growing"
+    write_files(growing, {"latest.png": b"one"})
+    found = growing_folder(growing, idle=1.5)
+    assert next(found).read() == b"one"
+    (growing / "latest.png").write_bytes(b"two")
+    assert next(found).read() == b"two"
+    (growing / "done").mkdir()
+    (growing / "latest.png").rename(growing / "done/1.png")
+    (growing / "latest.png").write_bytes(b"three")
+    assert [file.read() for file in found] == [b"three"]
+
+
+def test_a_file_that_was_taken_unfinished_comes_again(tmp_path: Path) -> None:
+    growing = tmp_path / "growing"
+    write_files(growing, {"a.png": b"half"})
+    found = growing_folder(growing, idle=1.5)
+    assert next(found).read() == b"half"
+    with (growing / "a.png").open("ab") as file:
+        file.write(b" and half")
+    assert [file.read() for file in found] == [b"half and half"]
+
+
+def test_a_file_that_moves_before_it_is_read_comes_again(tmp_path: Path) -> None:
+    growing = tmp_path / "growing"
+    write_files(growing, {"a.png": b"a"})
+    found = growing_folder(growing, idle=1.5)
+    first = next(found)
+    (growing / "a.png").rename(growing / "b.png")
+    with pytest.raises(FileNotFoundError):
+        first.read()
+    assert [(file.name, file.read()) for file in found] == [(str(growing / "b.png"), b"a")]
+
+
+def test_what_is_gone_is_forgotten_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    growing = tmp_path / "growing"
+    for memory, again in ((3600, False), (0.5, True)):
+        monkeypatch.setattr(stream, "_MEMORY_SECONDS", memory)
+        write_files(growing, {"a.png": b"a"})
+        os.utime(growing / "a.png", (1e9, 1e9))
+        found = growing_folder(growing, idle=2.5)
+        next(found)
+        (growing / "a.png").rename(tmp_path / "away.png")
+        timer = threading.Timer(1.5, (tmp_path / "away.png").rename, [growing / "a.png"])
+        timer.start()
+        assert len(list(found)) == again
+        timer.join()
+
+
+def test_images_of_a_stream_are_read_when_they_come(
+    production: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever else takes them from the folder need not wait for a window to be full."""
+    files = sorted(production.iterdir())[:4]
+
+    def consumed() -> Iterator[str]:
+        for path in files:
+            yield f"{path}\n"
+            path.unlink()
+
+    monkeypatch.setattr("sys.stdin", consumed())
+    assert monitor.main(["-", "--stream", "--window", "4", "--run-length", "400"]) in (0, 10, 20)
+    said = capsys.readouterr().out
+    assert said.count("\nwindow ") == 1
+    assert "left out" not in said
 
 
 def test_nul_between_paths_is_refused_with_what_to_do(production: Path, repository: Path) -> None:

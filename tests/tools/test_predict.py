@@ -232,6 +232,13 @@ def test_a_reader_that_has_enough_ends_it(here: Path) -> None:
     assert (result.stdout, result.stderr) == ("path,class,probability\n", "")
 
 
+def test_a_full_disk_behind_standard_output_is_an_error(here: Path) -> None:
+    command = f"{sys.executable} -m tools.predict val > /dev/full"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=here)
+    assert ended.returncode == 2
+    assert ended.stderr == "predict: error: standard output: No space left on device; what it has is cut off\n"
+
+
 # --- models -------------------------------------------------------------------------------------------------------
 
 

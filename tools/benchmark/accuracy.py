@@ -32,6 +32,7 @@ from stages.core.runtime import num_cpus
 from tools.benchmark import command as benchmark
 from tools.report.machine import cpu_name
 from tools.shared import overrides
+from tools.shared.arguments import at_least
 
 OUT = Path("benchmarks/accuracy.json")
 _FIXED = {"data.md5": None, "data.sha256": None, "runtime.cache_dir": "cache", "runtime.device": "cpu"}
@@ -147,14 +148,14 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--data", required=True, help="archive or folder with train/<class>/*, val/<class>/*")
     parser.add_argument("--recipe", help="a preset of recipes/ over params.yaml")
-    parser.add_argument("--epochs", type=benchmark.positive, default=5, help="of the plain loop (5)")
+    parser.add_argument("--epochs", type=at_least(1), default=5, help="of the plain loop (5)")
     parser.add_argument("--ours", type=_counts, default=[1, 2, 3], metavar="N,N", help="of ours (1,2,3)")
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="over params.yaml and the recipe")
     return parser.parse_args()
 
 
 def _counts(text: str) -> list[int]:
-    return [benchmark.positive(word) for word in text.split(",")]
+    return [at_least(1)(word) for word in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from stages.core.params import Section, load_params
 from stages.core.recipe import ModelParams, TrainParams
 from stages.core.runtime import RuntimeParams, num_cpus, num_threads
 from tools.report.machine import cpu_name
+from tools.shared.arguments import at_least
 
 if TYPE_CHECKING:
     from tools.benchmark.measurements import Setup
@@ -237,22 +238,14 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmark", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", help="archive or folder with train/<class>/*, val/<class>/*; else a generated sample")
     parser.add_argument("--only", help=f"parts to measure, separated by commas: {','.join(PARTS)}")
-    parser.add_argument("--size", type=positive, help="side in pixels of the network's input (160)")
-    parser.add_argument("--pack", type=positive, help="side in pixels of the packed images (as --size)")
-    parser.add_argument("--batch-size", type=positive, help="images a step (64)")
-    parser.add_argument("--rounds", type=positive, default=5, help="rounds of all contenders (5)")
-    parser.add_argument("--steps", type=positive, help="training steps of a contender in a round (8)")
+    parser.add_argument("--size", type=at_least(1), help="side in pixels of the network's input (160)")
+    parser.add_argument("--pack", type=at_least(1), help="side in pixels of the packed images (as --size)")
+    parser.add_argument("--batch-size", type=at_least(1), help="images a step (64)")
+    parser.add_argument("--rounds", type=at_least(1), default=5, help="rounds of all contenders (5)")
+    parser.add_argument("--steps", type=at_least(1), help="training steps of a contender in a round (8)")
     parser.add_argument("--out", default="benchmarks", help="folder for latest.json and latest.png (benchmarks)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, measures nothing")
     return parser.parse_args()
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1, from the command line."""
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
 
 
 def run() -> None:

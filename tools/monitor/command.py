@@ -19,13 +19,15 @@ from typing import TYPE_CHECKING, Any
 from stages.core.errors import InputError, run_main
 from stages.core.params import Section, load_params
 from stages.core.runtime import RuntimeParams
-from tools.shared.arguments import output_file
+from tools.shared.arguments import at_least, output_file, write_output
 
 if TYPE_CHECKING:
     from stages.core.detector import Detector, Judgement
     from stages.core.features import Extractor
 
 EXIT_STATUS = {"ok": 0, "benign": 10, "harmful": 20}
+_OF_REPORT = ("json", "html", "top")
+_OF_STREAM = ("window", "run_length", "idle")
 _WORDS = {
     "ok": "no drift found",
     "benign": "drift, and little harm",
@@ -43,18 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Judge images, say what was found, and return the exit status."""
     options = _parser().parse_args(arguments)
     runtime = load_params(Params).runtime
-    if options.top < 0:
-        raise InputError(f"--top: {options.top} must not be negative")
-    if options.stream and (options.json or options.html):
-        name = "json" if options.json else "html"
-        raise InputError(f"--{name}: a stream has no report, only a line a window; leave it or --stream out")
+    for name in _OF_REPORT if options.stream else _OF_STREAM:
+        if getattr(options, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            if options.stream:
+                raise InputError(f"{option}: a stream has no report, only a line a window; leave it or --stream out")
+            raise InputError(f"{option}: this is of a stream; add --stream or leave it out")
     return _watch(options, runtime) if options.stream else _judge(options, runtime)
 
 
 def _judge(options: argparse.Namespace, runtime: RuntimeParams) -> int:
     """One verdict over all images."""
     from stages.core.detector import SMALLEST_WINDOW
-    from stages.core.output import write_json, write_text
+    from stages.core.output import json_text
     from stages.core.production import find_images, printable, read_images
 
     files = find_images(options.images)
@@ -71,7 +74,8 @@ def _judge(options: argparse.Namespace, runtime: RuntimeParams) -> int:
     judgement = detector.judge(features, extractor.adapted_to_all(window.images))
     population = detector.population(features)
     oddness = detector.oddness(population)
-    strangest = oddness.argsort(kind="stable")[::-1][: options.top]
+    top = 12 if options.top is None else options.top
+    strangest = oddness.argsort(kind="stable")[::-1][:top]
     report = as_json(judgement, detector, len(window.images)) | {
         "images": [
             {
@@ -85,11 +89,11 @@ def _judge(options: argparse.Namespace, runtime: RuntimeParams) -> int:
     }
     print(in_words(report))
     if options.json:
-        write_json(options.json, report)
+        write_output("--json", options.json, json_text(report))
     if options.html:
         from tools.monitor.page import page
 
-        write_text(options.html, page(report, [window.images[row] for row in strangest]))
+        write_output("--html", options.html, page(report, [window.images[row] for row in strangest]))
     return EXIT_STATUS[judgement.status]
 
 
@@ -100,15 +104,17 @@ def _watch(options: argparse.Namespace, runtime: RuntimeParams) -> int:
 
     files = open_stream(options.images, options.idle)
     detector, extractor = open_detector(options.detector, options.classifier, runtime)
-    alpha = stream_alpha(detector, options.window, options.run_length)
+    window = 25 if options.window is None else options.window
+    run_length = 10_000 if options.run_length is None else options.run_length
+    alpha = stream_alpha(detector, window, run_length)
     print(
-        f"monitor: windows of {options.window}, a false alarm every {options.run_length:,} images on average "
+        f"monitor: windows of {window}, a false alarm every {run_length:,} images on average "
         f"(alpha {alpha:g} a window)",
         flush=True,
     )
     worst = 0
     try:
-        for number, names, judgement in judge_stream(detector, extractor, files, options.window, options.run_length):
+        for number, names, judgement in judge_stream(detector, extractor, files, window, run_length):
             shift = ", label shift" if judgement.class_shift else ""
             print(
                 f"window {number}, {printable(names[0])} to {printable(names[-1])}: {judgement.status} "
@@ -210,13 +216,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="folder, archive, image file or packed .npy")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the report as JSON")
     parser.add_argument("--html", type=output_file, metavar="FILE", help="write a self-contained page with pictures")
-    parser.add_argument("--top", type=int, default=12, metavar="N", help="how many strange images to show (12)")
+    parser.add_argument("--top", type=at_least(0), metavar="N", help="how many strange images to show (12)")
     parser.add_argument("--classifier", type=Path, default=Path("models/classifier"), metavar="DIR")
     parser.add_argument("--detector", type=Path, default=Path("models/drift"), metavar="DIR")
     parser.add_argument("--stream", action="store_true", help="judge one window after the other, as images come")
-    parser.add_argument("--window", type=int, default=25, metavar="N", help="images in a window of the stream (25)")
-    parser.add_argument("--run-length", type=int, default=10_000, metavar="N", help="images to a false alarm (10000)")
-    parser.add_argument("--idle", type=float, metavar="S", help="end the stream after S seconds without an image")
+    parser.add_argument("--window", type=int, metavar="N", help="images in a window of the stream (25)")
+    parser.add_argument("--run-length", type=int, metavar="N", help="images to a false alarm (10000)")
+    parser.add_argument(
+        "--idle", type=at_least(0.0), metavar="S", help="end the stream after S seconds without an image"
+    )
     return parser
 
 

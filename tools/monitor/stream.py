@@ -7,6 +7,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ from stages.core.production import ImageFile, is_image_name, lines_of_stdin, pri
 
 _POLL_SECONDS = 0.5
 _SETTLED_SECONDS = 0.5  # a file that was written to later may be unfinished
+_OLD_SECONDS = 60  # a file that was written to so long ago is whole; clocks of file servers differ by less
+_MEMORY_SECONDS = 3600  # that a file which is gone is remembered for, should it come back unchanged
 _MOST_NULL_WINDOWS = 100_000  # to calibrate a stream with: they take memory
 _PER_ALARM = 10  # of them by window to a false alarm, as Detector.num_windows has it
 
@@ -54,32 +57,23 @@ def stream_alpha(detector: Detector, window: int, run_length: int) -> float:
 def judge_stream(
     detector: Detector, extractor: Extractor, files: Iterator[ImageFile], window: int, run_length: int
 ) -> Iterator[Judged]:
-    """Judge windows of `window` images as they come; images that cannot be read are left out, and said.
+    """Judge windows of `window` images, each read when it comes; those that cannot be read are left out, and said.
 
     So are, on stderr, those at the end that fill no window. InputError when the stream ends before the first is full.
     """
     alpha = stream_alpha(detector, window, run_length)
     calibration = detector.calibration(window, alpha)
     spec = detector.spec
-    pending: list[ImageFile] = []
     images: list[NDArray[np.uint8]] = []
     names: list[str] = []
     number = came = 0
-
-    def read_pending() -> None:
-        read = read_images(pending, spec.image_size, spec.crop_mode, spec.interpolation)
-        pending.clear()
+    for file in files:
+        came += 1
+        read = read_images([file], spec.image_size, spec.crop_mode, spec.interpolation)
         for name, reason in read.skipped:
             print(f"monitor: left out {printable(name)}: {reason}", flush=True)
         images.extend(read.images)
         names.extend(read.names)
-
-    for file in files:
-        came += 1
-        pending.append(file)
-        if len(names) + len(pending) < window:
-            continue
-        read_pending()
         if len(names) < window:
             continue
         number += 1
@@ -88,7 +82,6 @@ def judge_stream(
         adapted = extractor.adapted_logits(pixels, window)
         yield Judged(number, names, detector.judge(features, adapted, alpha, calibration))
         images, names = [], []
-    read_pending()
     if not number:
         unreadable = f", {came - len(names)} of which cannot be read" if came > len(names) else ""
         raise InputError(
@@ -103,41 +96,76 @@ def judge_stream(
 
 
 def growing_folder(folder: Path, idle: float | None) -> Iterator[ImageFile]:
-    """Images of a folder in the order in which they come, for ever, or until none came for `idle` seconds."""
+    """Images of a folder in the order in which they come, for ever, or until none came for `idle` seconds.
+
+    A file that is written anew is another image; one that is only moved within the folder is not.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder}: a stream needs a folder that grows, or - for paths on stdin")
-    seen: set[Path] = set()
-    growing: dict[Path, tuple[int, int, float]] = {}  # modification time, size, and since when they are so
+    seen: dict[tuple[object, ...], float] = {}  # names of what was handed on, and when they were last there
+    growing: dict[Path, tuple[_Version, float]] = {}  # files that are new, and since when they are as they are
     last = time.monotonic()
+
+    def read(file: _File) -> bytes:
+        try:
+            return file.path.read_bytes()
+        except FileNotFoundError:  # moved meanwhile, maybe within the folder: then it is still to come
+            for name in file.names:
+                seen.pop(name, None)
+            raise
+
     while True:
         now = time.monotonic()
         fresh = []
-        for path, modified, size in _image_files(folder):
-            if path in seen:
+        before, growing = growing, {}
+        for file in _image_files(folder):
+            if any(name in seen for name in file.names):
+                seen |= dict.fromkeys(file.names, now)
                 continue
-            known = growing.get(path)
-            if known is None or known[:2] != (modified, size):
+            version, since = before.get(file.path, (None, now))
+            if version != file.version:
                 # What was written to long ago is whole; a clock that is ahead says nothing.
-                age = time.time() - modified / 1e9
-                since = now - age if age > 0 else now
-                known = growing[path] = (modified, size, since)
+                age = time.time() - file.version.modified / 1e9
+                since = now - age if age > _OLD_SECONDS else now
                 last = now
-            if now - known[2] >= _SETTLED_SECONDS:
-                fresh.append((modified, path))
-        for _, path in sorted(fresh):
-            seen.add(path)
-            del growing[path]
-            yield ImageFile(str(path), path.read_bytes)
+            growing[file.path] = file.version, since
+            if now - since >= _SETTLED_SECONDS:
+                fresh.append(file)
+        for file in sorted(fresh, key=lambda file: (file.version.modified, file.path)):
+            seen |= dict.fromkeys(file.names, now)
+            del growing[file.path]
+            yield ImageFile(str(file.path), partial(read, file))
         if fresh:
             last = time.monotonic()
-        elif idle is not None and now - last > idle:
+            continue
+        if idle is not None and now - last > idle:
             return
-        else:
-            time.sleep(_POLL_SECONDS)
+        seen = {name: there for name, there in seen.items() if now - there < _MEMORY_SECONDS}
+        time.sleep(_POLL_SECONDS)
 
 
-def _image_files(folder: Path) -> Iterator[tuple[Path, int, int]]:
-    """Image files below a folder, with modification time (ns) and size (bytes), while others remove some."""
+class _Version(NamedTuple):
+    """What a file was at one time."""
+
+    modified: int  # ns
+    size: int  # bytes
+
+
+class _File(NamedTuple):
+    """An image file that was found."""
+
+    version: _Version
+    path: Path
+    inode: tuple[int, int]  # device and number, which a file keeps when it is moved; not on every file system
+
+    @property
+    def names(self) -> tuple[tuple[object, ...], ...]:
+        """What it is known again by, each alone."""
+        return (self.path, self.version), (self.inode, self.version)
+
+
+def _image_files(folder: Path) -> Iterator[_File]:
+    """Image files below a folder, while others remove some."""
     for parent, _, names in os.walk(folder):
         for name in names:
             path = Path(parent, name)
@@ -147,7 +175,7 @@ def _image_files(folder: Path) -> Iterator[tuple[Path, int, int]]:
                 except OSError:
                     continue
                 if stat.S_ISREG(info.st_mode):
-                    yield path, info.st_mtime_ns, info.st_size
+                    yield _File(_Version(info.st_mtime_ns, info.st_size), path, (info.st_dev, info.st_ino))
 
 
 def paths_from_stdin() -> Iterator[ImageFile]:
@@ -160,6 +188,8 @@ def paths_from_stdin() -> Iterator[ImageFile]:
 def open_stream(places: list[str], idle: float | None) -> Iterator[ImageFile]:
     """The images of a stream: a growing folder, or `-` for stdin."""
     if places == ["-"]:
+        if idle is not None:
+            raise InputError("--idle: paths on stdin end when stdin does; leave it out")
         return paths_from_stdin()
     if len(places) != 1:
         raise InputError(f"a stream is one folder, or - for paths on stdin; got {len(places)} places")

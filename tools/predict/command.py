@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING
 
 from stages.core import onnx_model
 from stages.core.errors import InputError
-from stages.core.output import write_text
 from stages.core.parallel import read_ahead
 from stages.core.production import (
     ImageFile,
@@ -38,7 +37,7 @@ from stages.core.production import (
 )
 from stages.core.runtime import num_cpus
 from tools.predict.formats import FORMATS, Guess, Prediction
-from tools.shared.arguments import output_file
+from tools.shared.arguments import at_least, output_file, write_output
 from tools.shared.process import run_tool
 
 if TYPE_CHECKING:
@@ -171,21 +170,26 @@ def _format(options: argparse.Namespace) -> str:
 def _write(pieces: Iterator[str], path: Path | None) -> None:
     """Print pieces as they come; or write them to a file that appears whole or not at all."""
     if path:
-        text = "".join(pieces)
-        try:
-            write_text(path, text)
-        except OSError as error:
-            raise InputError(f"--output: {path}: {error.strerror}") from None
+        write_output("--output", path, "".join(pieces))
         return
     for piece in pieces:
-        sys.stdout.write(piece)
-    sys.stdout.flush()
+        _print(piece)
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
+def _print(text: str) -> None:
+    """Print text; InputError where standard output takes no more."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _close_stdout()
+        raise InputError(f"standard output: {error.strerror}; what it has is cut off") from None
+
+
+def _close_stdout() -> None:
+    """Nobody reads it: so that Python does not try again to print the rest when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -198,11 +202,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default=str(onnx_model.ONNX), metavar="NAME", help="path, stage, version, revision")
     parser.add_argument("--format", choices=FORMATS, help="csv, unless --output ends in .json")
     parser.add_argument("--output", type=output_file, metavar="FILE", help="write to a file instead of standard output")
-    parser.add_argument("--top", type=_positive, default=1, metavar="K", help="classes an image (1)")
+    parser.add_argument("--top", type=at_least(1), default=1, metavar="K", help="classes an image (1)")
     parser.add_argument(
-        "--batch", type=_positive, default=64, metavar="N", help="images that are computed at once (64)"
+        "--batch", type=at_least(1), default=64, metavar="N", help="images that are computed at once (64)"
     )
-    parser.add_argument("--threads", type=_positive, default=num_cpus(), metavar="N", help="CPU threads (all)")
+    parser.add_argument("--threads", type=at_least(1), default=num_cpus(), metavar="N", help="CPU threads (all)")
     parser.add_argument("--monitor", action="store_true", help="ask the drift monitor about the same images")
     return parser
 
@@ -211,7 +215,7 @@ def _main() -> int:
     try:
         return main()
     except BrokenPipeError:  # the reader has enough: `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_stdout()
         return 0
 
 

@@ -24,6 +24,7 @@ from stages.core.errors import InputError, run_main
 from tools.remote.drive_access import QUOTA_REASONS, Access, check_access, quota_message
 from tools.remote.drive_key import CONFIGURED, FOLDER, VARIABLE, Key, load_key, parse
 from tools.remote.transfer import ATTEMPTS, PATIENCE, final_reason, transfer
+from tools.shared.arguments import at_least
 from tools.shared.commands import git
 
 _GDRIVE = "gdrive"  # names of the two remotes that are set up here
@@ -232,13 +233,6 @@ def main(arguments: argparse.Namespace) -> None:
         move(arguments.command, arguments.patience, arguments.attempts, arguments.allow_missing)
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
-
-
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="remote", description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -252,7 +246,7 @@ def _parse() -> argparse.Namespace:
     for name, text in (("push", "copy data and models to the remote"), ("pull", "get them from there")):
         moving = commands.add_parser(name, help=text)
         moving.add_argument("--patience", type=float, default=PATIENCE, help=f"seconds without progress ({PATIENCE:g})")
-        moving.add_argument("--attempts", type=_positive, default=ATTEMPTS, help=f"tries in all ({ATTEMPTS})")
+        moving.add_argument("--attempts", type=at_least(1), default=ATTEMPTS, help=f"tries in all ({ATTEMPTS})")
         moving.set_defaults(allow_missing=False)
     pulling = commands.choices["pull"]
     pulling.add_argument("--allow-missing", action="store_true", help="what the remote lacks will be made here")

@@ -14,13 +14,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from stages.core.errors import run_main
-from stages.core.output import write_text
 from tools.report.data import read_run
 from tools.report.machine import environment
 from tools.report.page import markdown, page
 from tools.report.profile import read_profile
 from tools.report.source import WORKSPACE, default_baseline, open_source
-from tools.shared.arguments import output_file
+from tools.shared.arguments import output_file, write_output
 
 
 def main() -> int:
@@ -32,8 +31,8 @@ def main() -> int:
     baseline = read_run(open_source(against)) if against else None
     profile = read_profile() if source.is_workspace else None
     machine, date = environment(), datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    write_text(arguments.html, page(run, baseline, profile, machine, date))
-    write_text(arguments.markdown, markdown(run, baseline, machine, date))
+    write_output("--html", arguments.html, page(run, baseline, profile, machine, date))
+    write_output("--markdown", arguments.markdown, markdown(run, baseline, machine, date))
     print(f"report: {arguments.html} ({arguments.html.stat().st_size / 1e6:.1f} MB) and {arguments.markdown}")
     return 0
 

@@ -29,13 +29,13 @@ from stages.core.archive import Limits
 from stages.core.corruptions import FAMILIES, SEVERITIES
 from stages.core.dataset import load_meta
 from stages.core.errors import InputError, Stopped
-from stages.core.output import write_bytes, write_json
+from stages.core.output import json_text, write_bytes
 from stages.core.params import load_params
 from tools.monitor import command as monitor
 from tools.retrain import experiment, kept, labelled
 from tools.retrain.params import Params
 from tools.shared import process
-from tools.shared.arguments import output_file
+from tools.shared.arguments import output_file, write_output
 from tools.shared.process import run_tool
 
 CLASSIFIER, DETECTOR = "models/classifier", "models/drift"
@@ -266,7 +266,7 @@ def _report(arguments: argparse.Namespace, summary: dict[str, Any]) -> int:
     kept = "; the model at work stays" if decision in ("not promoted", "failed") else ""
     print(f"retrain: {decision}{tag}: {summary['reason']}{kept}", flush=True)
     if arguments.json:
-        write_json(arguments.json, summary)
+        write_output("--json", arguments.json, json_text(summary))
     experiment.forget_promotion()
     return 1 if decision in ("not promoted", "failed") else 0
 

@@ -12,7 +12,7 @@ import pytest
 
 from stages.core.archive import Limits, open_image_set
 from stages.core.errors import InputError
-from tests.helpers import image_files, write_files
+from tests.helpers import image_files, nobody, write_files
 
 LIMITS = Limits(files=1000, total_bytes=10_000_000, ratio=100)
 
@@ -259,3 +259,15 @@ def test_what_is_no_archive_is_refused(content: bytes, tmp_path: Path, scratch: 
     path = tmp_path / "set.tgz"
     path.write_bytes(content)
     refused(path, scratch, "not a tar, tgz or zip|broken|truncated|no folder has")
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(
+    tmp_path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_files(tmp_path / "images", image_files())
+    monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o755)
+    (tmp_path / "images/train/dog").chmod(0)
+    with nobody():
+        refused(Path("images"), Path("scratch"), "images/train/dog: cannot be read: Permission denied")
+    (tmp_path / "images/train/dog").chmod(0o755)

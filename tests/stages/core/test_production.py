@@ -21,7 +21,7 @@ from PIL import Image
 from stages.core.errors import InputError
 from stages.core.image import CropMode, decode
 from stages.core.production import Window, find_images, is_image_name, read_images
-from tests.helpers import encoded, picture, run, truncated, write_files
+from tests.helpers import encoded, nobody, picture, run, truncated, write_files
 
 FILES = {
     "b.jpg": encoded(picture(1, (40, 30))),
@@ -296,3 +296,21 @@ def test_names_of_images() -> None:
 
 def test_a_folder_that_is_hidden_itself_is_read(tmp_path: Path) -> None:
     assert len(read(write_files(tmp_path / ".frames", FILES)).images) == 4
+
+
+def test_a_folder_that_cannot_be_listed_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_files(tmp_path / "images", FILES)
+    monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o755)
+    (tmp_path / "images/deep").chmod(0)
+    with nobody():
+        found = read_images(find_images(["images"]), 24, "center", "bilinear")
+    (tmp_path / "images/deep").chmod(0o755)
+    assert found.names == ["images/a.PNG", "images/b.jpg"]
+    assert [name for name, _ in found.skipped] == ["images/deep"]
+    assert "Permission denied" in found.skipped[0][1]
+
+
+def test_a_name_that_is_too_long_is_no_file() -> None:
+    with pytest.raises(InputError, match="xxx: no such file"):
+        find_images(["x" * 300])
