@@ -129,6 +129,8 @@ def _open_session(
     params.train.share(world.shard.num_shards)  # refuses a batch that does not divide
     policy = precision.resolve(params.train.precision, where, params.train.smallest_side)
     network = model.create(params.model, len(meta.classes), params.train.seed)
+    sizes = {"train.image_size": params.train.image_size, "train.progressive": params.train.progressive}
+    model.check_takes(network, params.model.name, sizes)
     if world.shard.num_shards > 1:
         network = share_statistics(network, where)
     weights = params.model.weights

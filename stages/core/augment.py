@@ -33,8 +33,8 @@ def random_crops(
     fits = (widths > 0) & (widths <= size) & (heights > 0) & (heights <= size)
     rows, first = np.arange(len(draws)), fits.argmax(axis=1)
     fitted = fits.any(axis=1)  # elsewhere: the whole side, cut to the nearest aspect ratio that is allowed
-    width = np.where(fitted, widths[rows, first], round(size * min(ratio[1], 1.0)))
-    height = np.where(fitted, heights[rows, first], round(size / max(ratio[0], 1.0)))
+    width = np.where(fitted, widths[rows, first], max(1, round(size * min(ratio[1], 1.0))))
+    height = np.where(fitted, heights[rows, first], max(1, round(size / max(ratio[0], 1.0))))
     top = np.where(fitted, np.floor(draws[:, -2] * (size - height + 1)), (size - height) // 2).astype(np.int64)
     left = np.where(fitted, np.floor(draws[:, -1] * (size - width + 1)), (size - width) // 2).astype(np.int64)
     return np.stack([top, left, height, width], axis=1)

@@ -45,6 +45,7 @@ class CapturedStep:
         # Detached: a clone that autograd knows of would keep the gradients' nodes of the present stream alive, and a
         # backward pass that meets them cannot be recorded on another.
         before = {id(tensor): tensor.detach().clone() for tensor in self._state()}
+        random_state = torch.cuda.get_rng_state(images.device)  # that dropout draws from, also in the warm-up
         stream = torch.cuda.Stream(images.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(images.device))
         with torch.cuda.stream(stream):
@@ -59,6 +60,7 @@ class CapturedStep:
         with torch.no_grad():
             for tensor in self._state():  # what the first step made (momenta, step counts) starts from zero
                 tensor.copy_(before[id(tensor)]) if id(tensor) in before else tensor.zero_()
+        torch.cuda.set_rng_state(random_state, images.device)
         torch.cuda.synchronize(images.device)
         self.seconds += time.perf_counter() - start
         return graph, images, labels, loss

@@ -61,6 +61,7 @@ def launch(module: str, num_processes: int) -> None:
         local_addr="localhost",
         max_restarts=0,
         monitor_interval=0.2,
+        shutdown_timeout=int(_TIMEOUT.total_seconds()),  # a step may be long, and the checkpoint comes after it
     )
     ended = watch_owner(lambda _: os.kill(os.getpid(), signal.SIGTERM))
     try:
@@ -119,9 +120,10 @@ class World:
         """Mean over the processes of a tensor."""
         if self.shard.num_shards == 1:
             return values
-        result = values.clone()
+        # In float64, where the mean of equal values is the value: a mean that comes out of a checkpoint is taken again.
+        result = values.to(torch.float64)
         dist.all_reduce(result)
-        return result / self.shard.num_shards
+        return (result / self.shard.num_shards).to(values.dtype)
 
     def gather(self, rows: Tensor) -> Tensor:
         """The rows (n, ...) of all processes on the CPU, in the order of their ranks."""

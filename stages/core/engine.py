@@ -172,7 +172,8 @@ def is_finite(model: nn.Module) -> bool:
 def step_errors(params: TrainParams, device: torch.device, when: Callable[[], str]) -> Iterator[None]:
     """InputError, with what to change, when memory runs out or a part of the batch is too small for batch norms.
 
-    `when()` says in the message how far the run was.
+    So where an operation of the network has no deterministic form on the device. `when()` says in the
+    message how far the run was.
     """
     try:
         yield
@@ -184,12 +185,18 @@ def step_errors(params: TrainParams, device: torch.device, when: Callable[[], st
             "time: use at least 2, in each part and process"
         ) from None
     except RuntimeError as error:
+        if "does not have a deterministic implementation" in str(error):
+            raise InputError(
+                f"params.yaml: model.name: this network cannot be trained reproducibly on {device} at train.image_size "
+                f"{params.image_size}: {str(error).split(',')[0]}; choose another one, another size or the CPU"
+            ) from None
         if not ran_out_of_memory(error):
             raise
         raise InputError(
             f"out of memory on {device} {when()} with train.batch_size {params.batch_size} and train.image_size "
-            f"{params.image_size}: set train.grad_accumulation to {2 * params.grad_accumulation} (the same step in "
-            "smaller parts), lower train.batch_size or train.image_size, or set runtime.resident to false"
+            f"{params.image_size}: set train.grad_accumulation to {2 * params.grad_accumulation} (the step in smaller "
+            "parts; batch norms see one part at a time), lower train.batch_size or train.image_size, or set "
+            "runtime.resident to false"
         ) from None
 
 

@@ -86,14 +86,14 @@ def num_batches(num_images: int, batch_size: int) -> int:
 def input_size(params: TrainParams, step: int, num_steps: int) -> int:
     """Side in pixels of the network's input at a training step; with `train.progressive` it grows with the steps.
 
-    Linear from `train.progressive` to `train.image_size` over the first three quarters of the run, in multiples of 16
-    pixels (progressive resizing: fast.ai's DAWNBench entry, 2018).
+    Linear from `train.progressive` to `train.image_size` over the first three quarters of the run, between them in
+    multiples of 16 pixels (progressive resizing: fast.ai's DAWNBench entry, 2018).
     """
     share = step / (_GROWING_SHARE * num_steps)
     if params.progressive is None or share >= 1:
         return params.image_size
     size = params.progressive + share * (params.image_size - params.progressive)
-    return min(params.image_size, round(size / _SIZE_INCREMENT) * _SIZE_INCREMENT)
+    return min(params.image_size, max(params.progressive, round(size / _SIZE_INCREMENT) * _SIZE_INCREMENT))
 
 
 def training_batches(

@@ -37,7 +37,10 @@ def create(params: ModelParams, num_classes: int, seed: int) -> nn.Module:
     """A float32 model of timm on the CPU, initialised from `seed`, the hub (`pretrained`) or a file (`weights`)."""
     torch.manual_seed(seed)
     if not params.pretrained:
-        model = timm.create_model(params.name, pretrained=False, num_classes=num_classes)
+        try:
+            model = timm.create_model(params.name, pretrained=False, num_classes=num_classes)
+        except RuntimeError as error:  # resnet18.a0
+            raise InputError(f"params.yaml: model.name: {params.name!r}: {_first_line(error)}") from None
         head = model.get_classifier()  # type: ignore[operator]  # every model of timm has it
         if isinstance(head, nn.Linear):  # from zero: the first steps shape the features, not a random read-out of them
             nn.init.zeros_(head.weight)
@@ -52,6 +55,24 @@ def create(params: ModelParams, num_classes: int, seed: int) -> nn.Module:
             f"params.yaml: model.pretrained: no weights of {params.name!r} came from the hub: "
             f"{_first_line(error)}; go online, set model.weights to a local file, or set model.pretrained to false"
         ) from None
+
+
+def check_takes(model: nn.Module, name: str, sizes: dict[str, int | None]) -> None:
+    """InputError where a network of timm does not take images of a size in pixels; `sizes` are by key of params."""
+    was_training = model.training
+    model.eval()
+    for key, size in sizes.items():
+        if size is None:
+            continue
+        try:
+            with torch.no_grad():
+                model(torch.zeros(1, 3, size, size))
+        except (AssertionError, RuntimeError) as error:
+            raise InputError(
+                f"params.yaml: {key}: {name} does not take images of {size} x {size} pixels: {_first_line(error)}; "
+                "choose another size, or another model.name"
+            ) from None
+    model.train(was_training)
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:

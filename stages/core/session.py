@@ -107,7 +107,10 @@ class Session:
         if self.stop:
             return _STOP
         every, seconds = self.runtime.checkpoint_steps, self.runtime.checkpoint_seconds
-        due = seconds is not None and time.monotonic() - self._saved_at >= seconds
+        # One clock for all, and it is wound up at once: what several processes agree on is done a step later.
+        due = self.world.writes and seconds is not None and time.monotonic() - self._saved_at >= seconds
+        if due:
+            self._saved_at = time.monotonic()
         return _SAVE if due or (every is not None and self.step % every == 0) else _NOTHING
 
     def _follow(self, wish: int) -> None:

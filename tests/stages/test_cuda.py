@@ -82,6 +82,7 @@ def train(
     resident: bool = True,
     stop_at: int | None = None,
     gpu: int = 0,
+    name: str | None = None,
     **changes: Any,
 ) -> Outcome:
     """A short run; at step `stop_at` all is saved and loaded into a new trainer."""
@@ -89,9 +90,10 @@ def train(
     recipe = params.train.model_copy(update={"image_size": 32, "batch_size": 16, "epochs": 1} | changes)
     where = torch.device("cuda", gpu)
     policy = precision.resolve(recipe.precision, where, recipe.smallest_side)
+    network = params.model.model_copy(update={"name": name or params.model.name})
 
     def fresh() -> engine.Trainer:
-        trainer = engine.create_trainer(model.create(params.model, 10, 0), recipe, policy, where)
+        trainer = engine.create_trainer(model.create(network, 10, 0), recipe, policy, where)
         if not record:
             trainer.captured = None
         return trainer
@@ -138,6 +140,11 @@ def check_close(recorded: Outcome, plain: Outcome) -> None:
     for name, value in recorded.weights.items():
         if value.is_floating_point():
             assert (value - plain.weights[name]).norm() <= 2e-3 * (1 + plain.weights[name].norm()), name
+
+
+def test_a_step_that_is_recorded_draws_the_same_dropout(split: Split, meta: PackMeta) -> None:
+    whole = train(split, meta, name="rexnet_100")
+    assert whole == train(split, meta, name="rexnet_100", stop_at=5)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw", "sgd"])

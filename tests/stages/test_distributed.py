@@ -169,13 +169,27 @@ print("equal")
 """
 
 
-def test_shared_batch_norms_are_those_of_the_whole_batch(tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(BATCH_NORM)
+MEAN = """
+import torch
+from stages.core.distributed import world
+with world(torch.device("cpu")) as processes:
+    losses = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(processes.mean(losses), losses)
+    ranks = processes.mean(torch.tensor([float(processes.shard.rank)]))
+    assert ranks == 1 and ranks.dtype == torch.float32
+    print("equal")
+"""
+
+
+@pytest.mark.parametrize(("script", "count"), [(BATCH_NORM, 2), (MEAN, 3)])
+def test_what_processes_exchange(script: str, count: int, tmp_path: Path) -> None:
+    """Shared batch norms are those of the whole batch; the mean of a value that all have is the value."""
+    (tmp_path / "script.py").write_text(script)
     # Without an address it takes the host's name, which does not resolve on a machine without a network.
-    local = ("--standalone", "--local-addr=localhost", "--nproc-per-node=2")
+    local = ("--standalone", "--local-addr=localhost", f"--nproc-per-node={count}")
     launcher = [sys.executable, "-m", "torch.distributed.run", *local, "script.py"]
     output = run(tmp_path, *launcher, environment={"PYTHONPATH": str(ROOT)}).stdout
-    assert output.count("equal") == 2
+    assert output.count("equal") == count
 
 
 # --- two machines: network namespaces with a wire between them

@@ -127,6 +127,16 @@ def test_a_run_from_weights_that_were_replaced_is_another_run(packed: Path) -> N
     assert checkpoints() != before
 
 
+def test_a_checkpoint_that_is_due_is_wished_for_once(packed: Path) -> None:
+    """Several processes save at the step after it, by which time it must not be due again."""
+    set_params(packed / "params.yaml", {"runtime.checkpoint_seconds": 30})
+    cpu = torch.device("cpu")
+    session = train._open_session(load_params(train.Params), load_meta(), 3, cpu, World(cpu), StopRequest())
+    assert session._wish() == 0
+    session._saved_at -= 31
+    assert [session._wish(), session._wish()] == [1, 0]
+
+
 def test_evaluate_measures_what_train_left(packed: Path) -> None:
     run_train(packed, train__epochs=6, train__precision="fp32")
     evaluate.main(load_params(evaluate.Params))

@@ -71,3 +71,9 @@ def test_random_crops_have_torchvisions_distribution() -> None:
 def test_a_crop_that_never_fits_falls_back_to_the_centre(ratio: list[float], box: list[int]) -> None:
     boxes = random_crops(uniforms(0, 0, np.arange(5), NUM_CROP_DRAWS), 40, [1.0, 1.0], ratio)
     assert (boxes == box).all()
+
+
+@pytest.mark.parametrize(("ratio", "box"), [([0.001, 0.005], [0, 19, 40, 1]), ([200.0, 1000.0], [19, 0, 1, 40])])
+def test_a_crop_has_a_pixel(ratio: list[float], box: list[int]) -> None:
+    boxes = random_crops(uniforms(0, 0, np.arange(5), NUM_CROP_DRAWS), 40, [1.0, 1.0], ratio)
+    assert (boxes == box).all()

@@ -188,3 +188,9 @@ def test_weights_that_are_no_numbers_are_noticed(params: Params) -> None:
     with torch.no_grad():
         next(iter(network.parameters()))[0, 0, 0, 0] = float("nan")
     assert not engine.is_finite(network)
+
+
+def test_an_operation_without_a_deterministic_form_is_told_of(params: Params) -> None:
+    expected = r"params\.yaml: model\.name: this network cannot be trained reproducibly on cpu at train\.image_size \d+"
+    with pytest.raises(InputError, match=expected), engine.step_errors(params.train, CPU, lambda: "at step 0"):
+        torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))

@@ -198,6 +198,8 @@ def test_progressive_sizes_grow_from_the_first_to_the_last_in_steps_of_16() -> N
     assert {input_size(params(image_size=100), step, 10) for step in range(10)} == {100}
     odd = params(image_size=72, progressive=40)
     assert input_size(odd, 99, 100) == 72
+    assert [input_size(odd, step, 100) for step in (0, 10, 30, 70)] == [40, 48, 48, 64]
+    assert {input_size(params(image_size=8, progressive=8), step, 10) for step in range(10)} == {8}
 
 
 def test_progressive_batches_have_the_size_of_their_step(split: Split, meta: PackMeta) -> None:

@@ -167,3 +167,35 @@ def test_altered_weights_are_refused_and_those_without_a_checksum_are_not(tmp_pa
     del old["sha256"]
     description.write_text(json.dumps(old))
     assert not same(model.load(tmp_path / "m", CPU)[0], network)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "message"),
+    [
+        ("vit_tiny_patch16_224", {"train.image_size": 48}, "train.image_size: vit.* 48 x 48 pixels: Input height"),
+        (
+            "vit_tiny_patch16_224",
+            {"train.image_size": 224, "train.progressive": 128},
+            "train.progressive: vit.* of 128 x 128 pixels: Input height",
+        ),
+        ("inception_v3", {"train.image_size": 48}, "train.image_size: inception_v3 .* Kernel size can't be greater"),
+    ],
+)
+def test_a_size_that_a_network_does_not_take_is_refused_by_key(
+    name: str, sizes: dict[str, int | None], message: str
+) -> None:
+    with pytest.raises(InputError, match=rf"params\.yaml: {message}.*; choose another size, or another model\.name"):
+        model.check_takes(model.create(params(name=name), 3, 0), name, sizes)
+
+
+def test_a_size_that_a_network_takes_changes_nothing() -> None:
+    network = model.create(params(), 3, 0)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    model.check_takes(network, NAME, {"train.image_size": 24, "train.progressive": None})
+    assert network.training
+    assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+
+
+def test_a_tag_that_timm_does_not_have_is_refused() -> None:
+    with pytest.raises(InputError, match=r"params\.yaml: model\.name: 'resnet18\.a0': Invalid pretrained tag"):
+        model.create(params(name="resnet18.a0"), 3, 0)
