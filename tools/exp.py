@@ -30,6 +30,7 @@ from stages.core.errors import InputError, run_main
 from stages.core.params import PARAMS_FILE
 from tools.shared import dvc_queue
 from tools.shared import overrides as settings
+from tools.shared.arguments import at_least
 from tools.shared.overrides import Settings, Value
 
 _MOST = 1000  # combinations in one call
@@ -128,7 +129,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--temp", action="store_true", help="run in a folder of its own; the workspace stays as it is")
     parser.add_argument("--queue", action="store_true", help="queue only; `dvc queue start` runs it")
-    parser.add_argument("--jobs", "-j", type=int, default=1, help="experiments at a time when several are queued")
+    parser.add_argument(
+        "--jobs", "-j", type=at_least(1), default=1, help="experiments at a time when several are queued"
+    )
     parser.add_argument("--name", "-n", help="of the experiment; several get it with -1, -2, ... behind")
     parser.add_argument("--message", "-m", help="of the experiment's commit")
     parser.add_argument("--force", "-f", action="store_true", help="run stages that did not change too")

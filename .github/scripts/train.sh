@@ -17,6 +17,8 @@ for word in "${words[@]}"; do
   [[ $word =~ ^[a-z]+\.[a-z0-9_]+= ]] || refuse "override '$word' is not section.key=value"
 done
 
+[ -z "${BATCH:-}" ] || [ -z "${OVERRIDES:-}${RECIPE:-}" ] || refuse "a batch is retrained on by the params as they are: leave overrides and recipe empty"
+
 git config user.name "github-actions[bot]"
 git config user.email "41898282+github-actions[bot]@users.noreply.github.com"
 before=$(git rev-parse HEAD)

@@ -205,6 +205,8 @@ def test_inputs_are_data(make_runner: Callable[[], Runner]) -> None:
         ({"NAME": "../x"}, "small letters, digits and dashes"),
         ({"RECIPE": "gpu --force"}, "names in recipes/"),
         ({"OVERRIDES": "train.lr=0.01,0.02"}, "one value for each key"),
+        ({"BATCH": "b", "OVERRIDES": "train.lr=0.01"}, "leave overrides and recipe empty"),
+        ({"BATCH": "b", "RECIPE": "fast"}, "leave overrides and recipe empty"),
     ):
         result = runner.attempt(step("train", "Train"), **{**nothing, **inputs})
         assert result.returncode == 2, result.stderr

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
+import itertools
 import os
 import re
 import shutil
 import signal
 from pathlib import Path
 
+import optuna
 import psutil
 import pytest
+from optuna.distributions import FloatDistribution, IntDistribution
 from ruamel.yaml import YAML
 
+from stages.core.runtime import num_cpus
 from tests.helpers import PATIENCE, run, start, step_reached, wait_until
 from tools.shared import dvc_queue
+from tools.shared.overrides import parse
 from tools.sweep.command import check_queue, gpus
+from tools.sweep.study import Question, distribution
+from tools.sweep.trials import Sweep
 
 SPACE = ("train.lr=tag(log,interval(0.001,0.1))", "train.label_smoothing=choice(0.0,0.1)")
 COMMAND = ("python", "-m", "tools.sweep", *SPACE, "--target", "evaluate", "--study", "tiny", "--no-prune")
@@ -30,6 +38,12 @@ _UP_TO_EVALUATE = ("--target", "evaluate")
         (("train.lr=interval(-1,1)",), "train.lr"),
         (("train.lr=interval(0.1,1)", "--trials", "0"), "at least 1"),
         (("train.lr=interval(0.1,1)", "--metric", "metrics/nothing.json:top1"), "not a metrics file of dvc.yaml"),
+        (
+            ("train.lr=interval(0.1,1)", "--target", "train"),
+            "--target: train ends before evaluate, which writes metrics/evaluate.json:top1",
+        ),
+        (("train.lr=interval(0.1,1)", "--target", "tran"), "Stage 'tran' not found"),
+        (("train.lr=interval(0.1,1)", "--seed", str(2**31)), "--seed: 2147483648 must be below"),
     ],
 )
 def test_what_cannot_be_searched_is_refused_by_name(words: tuple[str, ...], message: str, repository: Path) -> None:
@@ -39,6 +53,32 @@ def test_what_cannot_be_searched_is_refused_by_name(words: tuple[str, ...], mess
     assert result.stderr.startswith("sweep: error: ")
     assert "Traceback" not in result.stderr
     assert run(repository, "git", "status", "--porcelain").stdout == ""
+
+
+def test_a_range_of_decimals_has_all_its_values() -> None:
+    """Every range of hundredths against whole numbers."""
+    for low, step, count in itertools.product(range(0, 100, 10), (2, 5, 10, 20), range(2, 9)):
+        word = f"train.label_smoothing=range({low / 100},{(low + count * step) / 100},{step / 100})"
+        (override,) = parse([word])[1]
+        found = distribution(override, 0.1)
+        assert isinstance(found, FloatDistribution)
+        assert found.step == step / 100
+        assert round(found.low * 100) == low
+        assert round(found.high * 100) == low + (count - 1) * step, word
+
+
+def test_what_is_searched_is_not_shared_out() -> None:
+    two = IntDistribution(1, 2)
+    for devices, key, shared in (
+        ([], "train.epochs", {"runtime.threads": 1}),
+        ([], "runtime.threads", {}),
+        (["cuda:0", "cuda:1"], "train.epochs", {"runtime.device": "cuda:1"}),
+        (["cuda:0", "cuda:1"], "runtime.device", {"runtime.threads": 1}),
+    ):
+        question = Question([], {}, {key: two}, "metrics/evaluate.json:top1", "maximize")
+        arguments = argparse.Namespace(devices=devices, workers=num_cpus())
+        sweep = Sweep(arguments, optuna.create_study(study_name="study"), question, "evaluate", 0)
+        assert sweep._share(1) == shared
 
 
 @pytest.mark.slow

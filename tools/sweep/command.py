@@ -30,8 +30,9 @@ from ruamel.yaml import YAML
 from stages.core.errors import InputError, run_main
 from stages.core.params import PARAMS_FILE
 from stages.core.stopping import stop_requests
-from tools.shared import dvc_queue
+from tools.shared import commands, dvc_queue
 from tools.shared import overrides as settings
+from tools.shared.arguments import at_least
 from tools.sweep import study as studies
 from tools.sweep.study import Direction, Question
 from tools.sweep.trials import Sweep
@@ -64,7 +65,12 @@ def main(arguments: argparse.Namespace) -> int:
         raise InputError(f"--study {name}: letters, digits, - and _ only (it names the experiments)")
     if arguments.devices is None:
         arguments.devices = gpus() if current["runtime.device"] in ("auto", "cuda") else []
-    target = arguments.target or stage_of(question.metric.partition(":")[0])
+    if arguments.seed >= 2**31:
+        raise InputError(f"--seed: {arguments.seed} must be below {2**31}")
+    measures = stage_of(question.metric.partition(":")[0])
+    target = arguments.target or measures
+    if not reaches(target, measures):
+        raise InputError(f"--target: {target} ends before {measures}, which writes {question.metric}; leave it out")
     check_metric(question.metric)
     is_new = not (studies.FOLDER / name / "study.db").exists()
     with locked(name) as lock, stop_requests() as stop:
@@ -132,6 +138,11 @@ def stage_of(metric_file: str) -> str:
     return known[metric_file]
 
 
+def reaches(target: str, stage: str) -> bool:
+    """Whether running the pipeline up to `target` runs `stage`; InputError where there is no such target."""
+    return f'"{stage}"' in commands.dvc("dag", "--dot", target)
+
+
 def check_metric(metric: str) -> None:
     """InputError for a key that the workspace's run lacks: a misspelt one must not cost a trial."""
     path, _, key = metric.partition(":")
@@ -172,8 +183,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--metric", default="metrics/evaluate.json:top1", metavar="FILE:KEY", help="what is best")
     parser.add_argument("--direction", choices=("maximize", "minimize"), help="default: by the metric's name")
     parser.add_argument("--study", metavar="NAME", help="default: made from what is searched")
-    parser.add_argument("--seed", type=int, default=0, help="of the proposals (0)")
-    parser.add_argument("--startup", type=int, default=3, help="complete trials before any is pruned (3)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the proposals (0)")
+    parser.add_argument("--startup", type=at_least(0), default=3, help="complete trials before any is pruned (3)")
     parser.add_argument("--no-prune", dest="prune", action="store_false", help="let every trial run to its end")
     parser.add_argument("--target", metavar="STAGE", help="run the pipeline up to it; default: what makes the metric")
     parser.add_argument(

@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,7 +79,9 @@ def distribution(override: Override, current: Value) -> BaseDistribution:
             if step > 0 and all(isinstance(value, int) for value in values):
                 return IntDistribution(values[0], values[-1], step=step, log=log)
             if step > 0:
-                return FloatDistribution(values[0], values[-1], step=None if log else step, log=log)
+                first, by, end = (Decimal(str(number)) for number in (swept.start, swept.step, swept.stop))
+                last = first + (math.ceil((end - first) / by) - 1) * by  # in decimals: 0.2, 0.3 and 0.4 end before 0.5
+                return FloatDistribution(float(first), float(last), step=None if log else float(by), log=log)
         if log:
             raise InputError(f"{word}: log goes with interval(...) and range(...)")
         # Optuna takes scalars only: choices are written as in an override.

@@ -126,9 +126,10 @@ class Sweep:
     def _share(self, slot: int) -> Settings:
         """A worker's part of the machine."""
         devices, workers = self.arguments.devices, self.arguments.workers
-        if devices:
+        chosen = self.question.fixed.keys() | self.question.space.keys()
+        if devices and "runtime.device" not in self.question.space:
             return {"runtime.device": devices[slot % len(devices)]}
-        if workers == 1 or "runtime.threads" in self.question.fixed:
+        if workers == 1 or "runtime.threads" in chosen:
             return {}
         return {"runtime.threads": max(1, num_cpus() // workers)}
 
