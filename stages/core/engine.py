@@ -172,8 +172,8 @@ def is_finite(model: nn.Module) -> bool:
 def step_errors(params: TrainParams, device: torch.device, when: Callable[[], str]) -> Iterator[None]:
     """InputError, with what to change, when memory runs out or a part of the batch is too small for batch norms.
 
-    So where an operation of the network has no deterministic form on the device. `when()` says in the
-    message how far the run was.
+    The same when an operation of the network has no deterministic form on the device. `when()` says in the message how
+    far the run was.
     """
     try:
         yield
