@@ -27,7 +27,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from stages.core import sample
-from stages.core.archive import Limits, open_image_set
+from stages.core.archive import LabelledFile, Limits, open_image_set
 from stages.core.download import check, fetch
 from stages.core.errors import DamagedError, InputError, where_dvc_has_it
 from stages.core.image import check_is_image
@@ -123,7 +123,7 @@ def _open_source(params: Params, scratch: Path) -> Iterator[_Source]:
         yield _generate(params.sample, num_workers(params.runtime))
         return
     path = _locate(data.source, "source", data.md5, data.sha256, cache_dir(params.runtime) / "downloads")
-    with _removed_if_damaged(path, data.source), _opened(path, _limits(data), scratch, None) as source:
+    with _opened(path, data.source, _limits(data), scratch, None) as source:
         yield source
 
 
@@ -139,7 +139,7 @@ def _open_extra(params: Params, source: _Source, scratch: Path) -> Iterator[_Sou
     path = _locate(data.extra, "extra", None, data.extra_sha256, cache_dir(params.runtime) / "downloads")
     folder = scratch / "extra"
     folder.mkdir()
-    with _removed_if_damaged(path, data.extra), _opened(path, _limits(data), folder, source.classes) as extra:
+    with _opened(path, data.extra, _limits(data), folder, source.classes) as extra:
         yield extra
     folder.rmdir()
 
@@ -157,15 +157,20 @@ def _removed_if_damaged(path: Path, value: str) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(path: Path, limits: Limits, scratch: Path, classes: list[str] | None) -> Iterator[_Source]:
-    with open_image_set(path, limits, scratch, classes) as files:
+def _opened(path: Path, value: str, limits: Limits, scratch: Path, classes: list[str] | None) -> Iterator[_Source]:
+    """The set in `path`, which is where the param's `value` led to."""
+
+    def read(file: LabelledFile) -> LabelledImage:
+        with _removed_if_damaged(path, value):
+            return file.class_name, file.file_name, file.member.read()
+
+    with ExitStack() as stack:
+        with _removed_if_damaged(path, value):
+            files = stack.enter_context(open_image_set(path, limits, scratch, classes))
         yield _Source(
             classes=classes or sorted({file.class_name for file in files["train"]}),
             counts={split: len(files[split]) for split in SPLITS},
-            images={
-                split: ((file.class_name, file.file_name, file.member.read()) for file in files[split])
-                for split in SPLITS
-            },
+            images={split: map(read, files[split]) for split in SPLITS},
         )
 
 

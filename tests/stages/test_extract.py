@@ -144,6 +144,19 @@ def test_a_download_that_is_no_archive_is_not_kept(
     assert json.loads(raw(workspace)["source.json"])["num_images"] == {"train": 8, "val": 4}
 
 
+def test_a_download_is_kept_where_another_archive_is_damaged(served: str, workspace: Path, tmp_path: Path) -> None:
+    set_params(workspace / "params.yaml", {"runtime.cache_dir": str(tmp_path / "cache")})
+    (tmp_path / "more").mkdir()
+    make_tgz(tmp_path / "more", {f"{split}/cat/more.jpg": encoded(picture()) for split in ("train", "val")})
+    source = make_zip(tmp_path, image_files())
+    whole = bytearray(source.read_bytes())
+    whole[200] ^= 255  # in an image: the archive opens well
+    source.write_bytes(whole)
+    with pytest.raises(InputError, match=r"images\.zip: .* is damaged.*; fetch it again$"):
+        run_stage(workspace, data__source=str(source), data__extra=f"{served}/more/images.tgz")
+    assert list((tmp_path / "cache/downloads").glob("*-images.tgz"))
+
+
 def test_an_archive_of_the_user_is_kept_whatever_it_is(workspace: Path, tmp_path: Path) -> None:
     path = tmp_path / "images.tgz"
     path.write_bytes(b"no archive")

@@ -135,13 +135,13 @@ def growing_folder(folder: Path, idle: float | None) -> Iterator[ImageFile]:
             seen |= dict.fromkeys(file.names, now)
             del growing[file.path]
             yield ImageFile(str(file.path), partial(read, file))
+        seen = {name: there for name, there in seen.items() if now - there < _MEMORY_SECONDS}
         if fresh:
             last = time.monotonic()
-            continue
-        if idle is not None and now - last > idle:
+        elif idle is not None and now - last > idle:
             return
-        seen = {name: there for name, there in seen.items() if now - there < _MEMORY_SECONDS}
-        time.sleep(_POLL_SECONDS)
+        else:
+            time.sleep(_POLL_SECONDS)
 
 
 class _Version(NamedTuple):
