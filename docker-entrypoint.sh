@@ -18,7 +18,7 @@ own_configuration() {
   export DVC_GLOBAL_CONFIG_DIR="$configuration"
 }
 
-[ -w "$HOME" ] || { HOME=$(mktemp -d) && export HOME; } || fail "neither HOME nor /tmp is writable: with --read-only, say -v /tmp -v $HOME"
+[ -w "$HOME" ] || { home=$(mktemp -d 2> /dev/null) && export HOME="$home"; } || fail "neither HOME nor /tmp is writable: with --read-only, say -v /tmp -v $HOME"
 [ -d "${TMPDIR:-/tmp}" ] && [ -w "${TMPDIR:-/tmp}" ] || fail "${TMPDIR:-/tmp} is not writable: with --read-only, say -v /tmp"
 
 mounted=${GDRIVE_KEY_FILE:-/run/secrets/gdrive-key.json}
@@ -44,7 +44,7 @@ if [ -n "${DVC_CACHE_DIR:-}" ]; then
   own_configuration
   printf '[cache]\n    dir = %s\n' "$DVC_CACHE_DIR" >> "$DVC_GLOBAL_CONFIG_DIR/config"
 fi
-unset GDRIVE_CREDENTIALS_DATA mounted origin configuration
+unset GDRIVE_CREDENTIALS_DATA mounted origin configuration home
 
 if [ "${CI_MODE:-0}" != 0 ]; then
   export GIT_TERMINAL_PROMPT=0 WANDB_SILENT=true TERM=dumb NO_COLOR=1

@@ -22,6 +22,8 @@ done
 git config user.name "github-actions[bot]"
 git config user.email "41898282+github-actions[bot]@users.noreply.github.com"
 before=$(git rev-parse HEAD)
+# A runner of your own still has the experiment of an earlier run of this name; checkout has removed its branch.
+git for-each-ref --format='delete %(refname)' "refs/exps/*/*/$name" | git update-ref --stdin
 if [ -n "${BATCH:-}" ]; then
   bash .github/scripts/batch.sh "${BATCHES:?}" "${RUNNER_TEMP:?}/production" "$BATCH"
   bash .github/scripts/batch.sh "${LABELS:?}" "$RUNNER_TEMP/labels" "$BATCH"

@@ -192,6 +192,12 @@ def test_an_experiment_becomes_a_pull_request(
     assert "nothing differs" in again.stdout
     assert other.outputs == {}
 
+    # Once more under a name that has run on this runner; checkout removes branches only.
+    run(runner.checkout, "git", "branch", "--delete", "--force", "experiment/slower")
+    runner.execute(step("train", "Train"), **{**inputs, "OVERRIDES": "train.lr=0.002"})
+    shown = run(runner.checkout, "git", "show", "experiment/slower:params.yaml").stdout
+    assert "lr: 0.002" in shown
+
 
 def test_inputs_are_data(make_runner: Callable[[], Runner]) -> None:
     runner = make_runner()

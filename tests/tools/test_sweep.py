@@ -15,15 +15,16 @@ import optuna
 import psutil
 import pytest
 from optuna.distributions import FloatDistribution, IntDistribution
+from optuna.trial import TrialState
 from ruamel.yaml import YAML
 
 from stages.core.runtime import num_cpus
 from tests.helpers import PATIENCE, run, start, step_reached, wait_until
 from tools.shared import dvc_queue
 from tools.shared.overrides import parse
-from tools.sweep.command import check_queue, gpus
-from tools.sweep.study import Question, distribution
-from tools.sweep.trials import Sweep
+from tools.sweep.command import check_queue, direction_of, gpus
+from tools.sweep.study import Question, counted, distribution
+from tools.sweep.trials import Run, Sweep
 
 SPACE = ("train.lr=tag(log,interval(0.001,0.1))", "train.label_smoothing=choice(0.0,0.1)")
 COMMAND = ("python", "-m", "tools.sweep", *SPACE, "--target", "evaluate", "--study", "tiny", "--no-prune")
@@ -79,6 +80,46 @@ def test_what_is_searched_is_not_shared_out() -> None:
         arguments = argparse.Namespace(devices=devices, workers=num_cpus())
         sweep = Sweep(arguments, optuna.create_study(study_name="study"), question, "evaluate", 0)
         assert sweep._share(1) == shared
+
+
+@pytest.mark.parametrize(
+    ("metric", "direction"),
+    [
+        ("metrics/evaluate.json:top1", "maximize"),
+        ("metrics/evaluate.json:nll", "minimize"),
+        ("metrics/profile.json:images_per_second", "maximize"),
+        ("metrics/profile.json:step_ms_p50", "minimize"),
+        ("metrics/profile.json:data_wait_share", "minimize"),
+        ("metrics/export.json:size_mb", "minimize"),
+        ("metrics/export.json:largest_difference", "minimize"),
+        ("metrics/drift.json:false_alarms.50.worst", "minimize"),
+        ("metrics/drift.json:detection.50", "maximize"),
+    ],
+)
+def test_the_name_of_a_metric_says_what_is_better(metric: str, direction: str) -> None:
+    assert direction_of(metric) == direction
+
+
+def test_a_trial_that_somebody_takes_off_the_queue_is_given_up(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(repository)
+    monkeypatch.setattr("tools.sweep.trials._NUDGE_SECONDS", 0.0)
+    space = {"train.epochs": IntDistribution(1, 9)}
+    study = optuna.create_study(study_name="study")
+    question = Question([], {}, space, "metrics/evaluate.json:top1", "maximize")
+    sweep = Sweep(argparse.Namespace(workers=1), study, question, "evaluate", 0)
+    waiting = Run(study.ask(space), "study-0", 0, b"")
+    dvc_queue._dvc("exp", "run", "--queue", "--name", "study-0", "evaluate")
+    monkeypatch.setattr(dvc_queue, "start_workers", lambda count, trust: None)  # so that it waits
+    for _ in range(3):
+        assert not sweep._settled(waiting)
+    run(repository, "dvc", "queue", "remove", "study-0")
+    assert not sweep._settled(waiting), "a daemon may be taking it"
+    assert sweep._settled(waiting)
+    (trial,) = study.trials
+    assert (trial.state, trial.user_attrs["reason"]) == (TrialState.FAIL, "it was taken off dvc's queue")
+    assert counted(study) == [trial], "and not tried again"
 
 
 @pytest.mark.slow

@@ -37,7 +37,10 @@ from tools.sweep import study as studies
 from tools.sweep.study import Direction, Question
 from tools.sweep.trials import Sweep
 
-_SMALLER_IS_BETTER = ("loss", "nll", "ece", "error", "ms", "seconds", "memory")
+_SMALLER_IS_BETTER = (
+    *("loss", "nll", "ece", "error", "differen", "alarm"),
+    *("ms", "seconds", "wait", "memory", "size", "flops"),
+)
 
 
 def main(arguments: argparse.Namespace) -> int:

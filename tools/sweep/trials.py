@@ -27,6 +27,7 @@ _EPOCHS: dict[Direction, Path] = {  # by epoch, of the same direction as the met
 }
 _POLL_SECONDS = 1.0
 _NUDGE_SECONDS = 20.0  # a task that still waits: the last daemon may have ended just when it came
+_MOST_UNLISTED = 2  # while a daemon takes a task, dvc may list it nowhere for a moment
 _STOP_SECONDS = 120.0  # for stages to save and end
 _KILL_SECONDS = 20.0  # and then, for dvc to see that they were killed
 
@@ -42,6 +43,7 @@ class Run:
     num_epochs: int = 0
     pruned: bool = False
     nudged: float = field(default_factory=time.monotonic)
+    unlisted: int = 0  # times in a row that dvc did not know it
 
 
 class Sweep:
@@ -160,18 +162,27 @@ class Sweep:
             run.nudged = time.monotonic()
             if run.pruned:
                 dvc_queue.stop(run.name)
-            elif dvc_queue.is_lost(run.name, dvc_queue.listed().get(run.name, "")):
-                studies.give_up(self.study, run.trial, "a daemon of dvc took it, and ended", again=True)
-                print(
-                    f"sweep: {run.name} was taken by a daemon of dvc that was just ending; it is tried again",
-                    flush=True,
-                )
+            elif self._left_the_queue(run):
                 return True
             else:
                 dvc_queue.start_workers(self.arguments.workers, trust=False)
         elif task.state == "running" and task.folder is not None and not run.pruned:
             self._report_epochs(run, task.folder)
         return task.state in ("succeeded", "failed", "lost")
+
+    def _left_the_queue(self, run: Run) -> bool:
+        """Give up a run that waits and will never begin."""
+        listed_as = dvc_queue.listed().get(run.name, "")
+        run.unlisted = 0 if listed_as else run.unlisted + 1
+        if dvc_queue.is_lost(run.name, listed_as):
+            studies.give_up(self.study, run.trial, "a daemon of dvc took it, and ended", again=True)
+            print(f"sweep: {run.name} was taken by a daemon of dvc that was just ending; it is tried again", flush=True)
+        elif run.unlisted >= _MOST_UNLISTED:
+            studies.give_up(self.study, run.trial, "it was taken off dvc's queue")
+            print(f"sweep: {run.name} was taken off dvc's queue", flush=True)
+        else:
+            return False
+        return True
 
     def _report_epochs(self, run: Run, folder: Path) -> None:
         content = _content(folder / self.epochs)
