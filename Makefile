@@ -32,7 +32,7 @@ DOCKER_OPTS ?=
 DOCKER_RUN = docker run --rm --user "$$(id -u):$$(id -g)" $(DOCKER_MEMORY_OPTS) $(DOCKER_OPTS) \
   --volume "$(CURDIR):/workspace" --volume "$(HOME)/.cache/driftline:/home/driftline/.cache/driftline" \
   $(if $(HOST_DVC_CACHE_DIR),--volume "$(HOST_DVC_CACHE_DIR):$(HOST_DVC_CACHE_DIR)" --env DVC_CACHE_DIR="$(HOST_DVC_CACHE_DIR)") \
-  $(if $(HOST_SERVICE_ACCOUNT_KEY_PATH),--volume "$(abspath $(HOST_SERVICE_ACCOUNT_KEY_PATH)):/run/secrets/gdrive-key.json:ro") \
+  $(if $(HOST_SERVICE_ACCOUNT_KEY_PATH),--volume "$$(cd "$$(dirname "$(HOST_SERVICE_ACCOUNT_KEY_PATH)")" && pwd)/$$(basename "$(HOST_SERVICE_ACCOUNT_KEY_PATH)"):/run/secrets/gdrive-key.json:ro") \
   --env GDRIVE_CREDENTIALS_DATA --env WANDB_API_KEY --env WANDB_MODE --env CI_MODE
 DOCKER_IMAGE = "$(IMAGE_NAME):$(IMAGE_TAG)"
 
@@ -157,5 +157,6 @@ docker-folders:
 	  || { echo "make: HOST_SERVICE_ACCOUNT_KEY_PATH: $(HOST_SERVICE_ACCOUNT_KEY_PATH) is no file" >&2; exit 2; }
 
 clean: ## remove the virtual environment and everything that the pipeline made (not DVC's cache)
-	rm -rf $(VENV) data models dvc_plots benchmarks report metrics/profile.json metrics/export_speed.json .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) data/raw data/processed data/profile models/classifier models/onnx models/drift data/.*.new data/.*.old models/.*.new models/.*.old dvc_plots benchmarks report metrics/profile.json metrics/export_speed.json .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	@rmdir data models 2> /dev/null || true # what else is in them is not the pipeline's
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

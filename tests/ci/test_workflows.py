@@ -150,8 +150,10 @@ def test_an_experiment_becomes_a_pull_request(
     runner = make_runner()
     runner.execute(step("train", "Set up"))
     shutil.move(tmp_path / "remote", tmp_path / "away")
+    (tmp_path / "remote").mkdir()
     empty = runner.execute(step("train", "Pull data and models"), GDRIVE_CREDENTIALS_DATA="")
     assert "what the remote lacks is made here" in empty.stdout
+    (tmp_path / "remote").rmdir()
     shutil.move(tmp_path / "away", tmp_path / "remote")
     runner.execute(step("train", "Pull data and models"), GDRIVE_CREDENTIALS_DATA="")
     assert (runner.checkout / "models/classifier/model.json").exists()

@@ -268,6 +268,18 @@ def test_a_remote_of_another_name_gets_the_key(here: Path, account: Account) -> 
     assert "storage" in Path(".dvc/config.local").read_text()
 
 
+def test_a_key_is_not_kept_where_no_remote_of_google_drive_is(here: Path, account: Account, tmp_path: Path) -> None:
+    file = tmp_path / "downloaded.json"
+    file.write_text("\ufeff" + account.text)  # as some editors of Windows write it
+    Path(".dvc/config").write_text("[core]\n    analytics = false\n")
+    with pytest.raises(InputError, match="no remote of Google Drive is configured: make remote-gdrive"):
+        remote.save_key(file)
+    assert not Path(KEY_FILE).exists()
+    Path(".dvc/config").write_text(f"['remote \"gdrive\"']\n    url = gdrive://{FOLDER_ID}\n")
+    remote.save_key(file)
+    assert json.loads(Path(KEY_FILE).read_text())["client_email"] == account.email
+
+
 @pytest.mark.parametrize(
     "folder",
     [

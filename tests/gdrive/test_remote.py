@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -13,11 +14,13 @@ import pytest
 from googleapiclient.errors import HttpError
 from googleapiclient.http import MediaIoBaseDownload, MediaIoBaseUpload
 
+from stages.core.errors import InputError
 from tests.gdrive.conftest import command, tool
 from tests.gdrive.drive import FOLDER_ID, Item
 from tests.gdrive.keys import Account
 from tests.gdrive.server import Fault, StandIn
 from tests.helpers import files, run
+from tools.remote.transfer import final_reason
 
 
 def test_pushed_data_comes_back_into_a_fresh_clone(
@@ -112,9 +115,81 @@ def test_a_folder_serves_as_the_remote_without_an_account(made_once: Path, googl
     shutil.rmtree(tmp_path / "driftline-remote")
     shutil.rmtree(second / "model")
     shutil.rmtree(second / ".dvc/cache")
+    for words in ("pull", "push", "check"):  # a disk that is not mounted, say: dvc would make it anew for a push
+        result = tool(google, second, words, check=False)
+        assert result.returncode == 2
+        assert f"there is no folder {tmp_path}/driftline-remote: mount its disk" in result.stderr
+    (tmp_path / "driftline-remote").mkdir()
     result = tool(google, second, "pull", check=False)
     assert result.returncode == 2
     assert "make push where it was made" in result.stderr.splitlines()[-1]
     result = tool(google, second, "push", check=False)  # to dvc, files that are nowhere are a warning
     assert result.returncode == 2
     assert "nor has DVC's cache: make push where it was made" in result.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def shared(made_once: Path, google: StandIn, tmp_path: Path) -> tuple[Path, Path]:
+    """A folder that is a remote with everything in it, and a clone whose remote it is and that has nothing yet."""
+    first, second = (tmp_path / name for name in ("first", "second"))
+    shutil.copytree(made_once, first, symlinks=True)
+    run(made_once, "git", "clone", "-q", str(first), str(second))
+    for folder in (first, second):
+        tool(google, folder, "setup-local", str(tmp_path / "a remote"))
+    tool(google, first, "push")
+    return tmp_path / "a remote", second
+
+
+def test_a_damaged_file_of_a_folder_is_not_taken(shared: tuple[Path, Path], google: StandIn) -> None:
+    remote, clone = shared
+    largest = max(remote.rglob("*"), key=lambda path: path.stat().st_size)
+    largest.chmod(0o644)
+    largest.write_text("not what it was")
+    result = tool(google, clone, "pull", check=False)
+    assert result.returncode == 2
+    assert "the remote local has a damaged file, which was not taken" in result.stderr
+    assert "not what it was" not in [path.read_text(errors="replace") for path in clone.glob("model/*")]
+
+
+def test_a_pull_takes_nothing_from_the_user(shared: tuple[Path, Path], google: StandIn) -> None:
+    _, clone = shared
+    (clone / "model").mkdir()
+    (clone / "model/name.txt").write_text("mine")
+    result = tool(google, clone, "pull", check=False)
+    assert result.returncode == 2
+    assert f"{clone}/model/name.txt is not what DVC has of it: move it away, or `dvc checkout --force`" in result.stderr
+    assert (clone / "model/name.txt").read_text() == "mine"
+    (clone / "model/name.txt").unlink()
+    tool(google, clone, "pull")
+    assert (clone / "model/name.txt").read_text() == "model"
+
+
+def test_a_pull_where_nothing_has_run_and_one_in_a_conflict(shared: tuple[Path, Path], google: StandIn) -> None:
+    _, clone = shared
+    lock = (clone / "dvc.lock").read_text()
+    (clone / "dvc.lock").write_text(f"<<<<<<< HEAD\n{lock}=======\n{lock}>>>>>>> other\n")
+    result = tool(google, clone, "pull", check=False)
+    assert result.returncode == 2
+    assert "dvc cannot read the pipeline: unable to read: 'dvc.lock'" in result.stderr
+    assert "Traceback" not in result.stderr
+    (clone / "dvc.lock").unlink()
+    assert "nothing has run yet" in tool(google, clone, "pull").stdout
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_one_may_only_read(shared: tuple[Path, Path], google: StandIn) -> None:
+    remote, clone = shared
+    remote.chmod(0o555)
+    result = tool(google, clone, "push", check=False)
+    tool(google, clone, "pull")
+    remote.chmod(0o755)
+    assert (result.returncode, "you may not write into" in result.stderr) == (2, True)
+
+
+def test_a_full_disk_is_named() -> None:
+    """In dvc's own words, of a push to a disk that was full."""
+    path = "'/repository/.dvc/cache/files/md5/47/f7' -> '/full/files/md5/47/.Lj.tmp'"
+    said = f"ERROR: failed to transfer '47f7' <- OSError: [Errno 28] No space left on device: {path}\n"
+    with pytest.raises(InputError, match=r"a disk is full: .*/full/files.*; make room on it .*--all-commits") as caught:
+        final_reason(said)
+    assert "gc -w" not in str(caught.value)

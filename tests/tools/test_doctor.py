@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,12 +71,15 @@ def type_in(command: str) -> None:
 
 
 @contextmanager
-def http_server(status: int) -> Iterator[str]:
-    """The address of a server that answers everything with a status."""
+def http_server(status: int, of_folder: int | None = None, password: str | None = None) -> Iterator[str]:
+    """The address of a folder on a server that answers everything with a status, or the folder with another one."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
-            self.send_response(status)
+            answer = of_folder if of_folder and self.path == "/data" else status
+            if password and self.headers["Authorization"] != f"Basic {b64encode(f'me:{password}'.encode()).decode()}":
+                answer = 401
+            self.send_response(answer)
             self.send_header("Content-Length", "0")
             self.end_headers()
 
@@ -108,7 +112,7 @@ def test_a_good_set_up_passes_and_json_says_the_same(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Only what belongs to the machine may be a warning; the pipeline of the checkout has not run."""
-    storage = "[core]\n    remote = storage\n['remote \"storage\"']\n    url = ../../storage\n"
+    storage = "[core]\n    remote = storage\n['remote \"storage\"']\n    url = ../../storage\n    verify = true\n"
     (here / ".dvc/config").write_text(storage)
     (here.parent / "storage").mkdir()
     commit_all(here)
@@ -146,6 +150,26 @@ def test_outside_of_a_repository_it_says_so(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"no dvc\.yaml and pyproject\.toml here; run this from the root"):
         doctor.main(as_json=False)
+
+
+def test_a_conflict_in_the_lock_is_told_once(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = (small / "dvc.lock").read_text()
+    (small / "dvc.lock").write_text(f"<<<<<<< HEAD\n{lock}=======\n{lock}>>>>>>> other\n")
+    checks = {"dvc.lock": repository.stale, "cache": storage.cache, "disk": storage.disk}
+    monkeypatch.setattr(doctor, "CHECKS", checks)
+    found = dict(doctor.examine())
+    finds(found["dvc.lock"], "FAIL", "dvc cannot read the pipeline", "git diff dvc.yaml dvc.lock")
+    for name in ("cache", "disk"):
+        finds(found[name], "warn", "cannot be checked", "mend dvc.lock first")
+
+
+def test_a_name_that_is_no_text_is_shown(here: Path) -> None:
+    """As old archives unpack to, where they were made on Windows."""
+    Path(os.fsdecode(b"f\xfcr mich.py")).touch()
+    shown = run(here, "python", "-m", "tools.doctor", check=False, environment={"PYTHONIOENCODING": "utf-8:strict"})
+    assert "Traceback" not in shown.stderr
+    assert r"git add 'f\udcfcr mich.py'" in shown.stdout
+    assert shown.stdout.splitlines()[-1].startswith("doctor: ")
 
 
 def test_a_check_that_breaks_does_not_hide_the_others(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -451,10 +475,15 @@ def test_remotes_that_are_folders(small: Path, tmp_path: Path) -> None:
     found = storage.remote()
     finds(found, "warn", "there is no folder", f"mkdir -p {tmp_path}/storage")
     type_in(found.fix)
+    found = storage.remote()
+    finds(found, "warn", "does not verify", "dvc remote modify storage verify true")
+    type_in(found.fix)
     finds(storage.remote(), "ok", f"storage: the folder {tmp_path}/storage")
-    if os.geteuid() != 0:  # root may write anywhere
+    if os.geteuid() != 0:  # root may do anything
         (tmp_path / "storage").chmod(0o555)
-        finds(storage.remote(), "FAIL", "you may not write into", "sudo chown")
+        finds(storage.remote(), "warn", "you may not write into", "ask its owner")
+        (tmp_path / "storage").chmod(0o000)
+        finds(storage.remote(), "FAIL", "you may not read", "ask its owner")
         (tmp_path / "storage").chmod(0o755)
     (tmp_path / "storage").rmdir()
     (tmp_path / "storage").write_text("")
@@ -476,6 +505,24 @@ def test_remotes_on_servers(small: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with http_server(403) as url:
         set_url(url)
         finds(storage.remote(), "FAIL", "the server answers with status 403", "dvc remote modify web url")
+    with http_server(404, of_folder=403) as url:  # which does not list folders
+        set_url(url)
+        finds(storage.remote(), "ok", f"web: {url} answers")
+    with http_server(404, password="secret") as url:
+        set_url(url)
+        finds(storage.remote(), "FAIL", "the server answers with status 401", "dvc remote modify web url")
+        type_in("dvc remote modify --local web auth basic")
+        finds(storage.remote(), "ok", f"web: {url} answers")  # and dvc asks for the password
+        type_in("dvc remote modify --local web user me")
+        type_in("dvc remote modify --local web password wrong")
+        finds(storage.remote(), "FAIL", "the server answers with status 401")
+        type_in("dvc remote modify --local web password secret")
+        finds(storage.remote(), "ok", f"web: {url} answers")
+    (small / ".dvc/config.local").unlink()
+    set_url(f"http://me:secret@127.0.0.1:{closed_port()}/")
+    found = storage.remote()
+    finds(found, "FAIL", "(http://***@127.0.0.1:")
+    assert "secret" not in str(found)
     set_url(f"http://127.0.0.1:{closed_port()}/")
     finds(storage.remote(), "FAIL", "cannot be reached: ", "dvc remote modify web url")
     with bad_server("hang") as url:

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -58,6 +60,8 @@ def examine() -> Iterator[tuple[str, Finding]]:
             what = f"cannot be checked ({type(error).__name__}: {_one_line(error)[:200]})"
             if "lock" in failed:
                 finding = warn(what, "mend the packages first, as above")
+            elif "dvc.lock" in failed and _is_dvcs(error):
+                finding = warn("cannot be checked (dvc refuses its files)", "mend dvc.lock first, as above")
             else:
                 finding = fail(what, "python -m pip install --force-reinstall --no-deps -r requirements.txt")
         if finding.status == "FAIL":
@@ -72,6 +76,8 @@ def main(as_json: bool) -> int:
     if not (Path("dvc.yaml").exists() and Path("pyproject.toml").exists()):
         raise InputError("no dvc.yaml and pyproject.toml here; run this from the root of the repository")
     findings = []
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files that are no UTF-8
     for name, finding in examine():
         findings.append((name, finding))
         if not as_json:
@@ -88,6 +94,11 @@ def line(name: str, finding: Finding) -> str:
     """A finding as it is printed."""
     fix = f"  ->  {finding.fix}" if finding.fix else ""
     return f"{finding.status:<4}  {name:<10} {finding.says}{fix}"
+
+
+def _is_dvcs(error: Exception) -> bool:
+    """Whether dvc raised it, which may not be imported where the packages are broken."""
+    return any(cls.__name__ == "DvcException" for cls in type(error).__mro__)
 
 
 def _one_line(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def untracked() -> Finding:
     if files := _untracked_files():
         return warn(
             f"git does not track {some(files)}: `dvc exp run --temp` and the queue run without",
-            f"git add {' '.join(files[:3])}",
+            f"git add {shlex.join(files[:3])}",
         )
     return ok("every file that is not ignored is tracked")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import re
+import shlex
 import shutil
 import threading
 from collections.abc import Callable
@@ -14,9 +15,12 @@ from typing import Any
 from stages.core.errors import InputError
 from tools.doctor.finding import Finding, fail, ok, warn
 from tools.doctor.settings import section
+from tools.shared.addresses import masked
 
 _LINKS = ["reflink", "hardlink", "symlink"]  # the best first
 _PLACEHOLDER = "gdrive://FOLDER_ID"  # until `make remote-gdrive` names a folder
+_NEW_URL = "dvc remote modify {} url ..."
+_OWNER = "ask its owner, where you have something to push"
 _SECONDS_TO_ANSWER = 30.0  # that a remote has
 _MUCH = 2e9  # bytes of outputs from which copies instead of links matter
 _SPARE = 1e9  # bytes for checkpoints, traces and the like
@@ -98,26 +102,37 @@ def remote() -> Finding:
         try:
             cls, settings, path = get_cloud_fs(config, name=name)
         except (DvcException, ImportError) as error:  # a plugin that is not installed, say
-            return fail(f"the remote {name} ({url}): {_words(error)}", f"dvc remote modify {name} url ...")
+            return fail(f"the remote {name} ({masked(url)}): {_words(error)}", _NEW_URL.format(name))
     if cls.protocol == "local":
-        return _folder(name, Path(path))
+        return _folder(name, Path(path), config["remote"][name])
     if cls.protocol == "gdrive":
         return _gdrive(name, url, config["remote"][name])
     if cls.protocol in ("http", "https"):
-        return _answers(name, url, lambda: _ask_http(url))
+        return _answers(name, url, lambda: _ask_http(url, config["remote"][name]))
     return _answers(name, url, lambda: cls(**settings).exists(path))
 
 
-def _folder(name: str, path: Path) -> Finding:
+def _folder(name: str, path: Path, settings: dict[str, Any]) -> Finding:
     if path.is_dir():
-        if os.access(path, os.R_OK | os.W_OK | os.X_OK):
-            return ok(f"{name}: the folder {path}")
-        return fail(f"the remote {name}: you may not write into {path}", f"sudo chown -R $(id -un) {path}")
+        if not os.access(path, os.R_OK | os.X_OK):
+            return fail(f"the remote {name}: you may not read {path}", f"ask its owner, or: {_NEW_URL.format(name)}")
+        if not settings.get("verify"):
+            return _unverified(name)
+        if not os.access(path, os.W_OK):
+            return warn(f"the remote {name}: you may not write into {path}, so pull works and push does not", _OWNER)
+        return ok(f"{name}: the folder {path}")
     if path.exists():
         return fail(f"the remote {name}: {path} is no folder", f"dvc remote modify {name} url /path/to/folder")
     return warn(
         f"the remote {name}: there is no folder {path} (a disk that is not mounted?); `dvc push` would make it",
-        f"mkdir -p {path}",
+        f"mkdir -p {shlex.quote(str(path))}",
+    )
+
+
+def _unverified(name: str) -> Finding:
+    return warn(
+        f"the remote {name} does not verify: a damaged download is taken without a word",
+        f"dvc remote modify {name} verify true",
     )
 
 
@@ -128,10 +143,7 @@ def _gdrive(name: str, url: str, settings: dict[str, Any]) -> Finding:
             f"dvc remote modify {name} gdrive_use_service_account true",
         )
     if not settings.get("verify"):
-        return warn(
-            f"the remote {name} does not verify: a damaged download is taken without a word",
-            f"dvc remote modify {name} verify true",
-        )
+        return _unverified(name)
     found = re.fullmatch(r"gdrive://([\w-]{10,})/?", url)
     if found is None:
         return fail(f"the remote {name}: {url} names no folder of Google Drive", "make remote-gdrive FOLDER=...")
@@ -146,13 +158,29 @@ def _ask_google(name: str, settings: dict[str, Any], folder: str) -> None:
     check_access(load_key(name, dict(settings)), folder, writing=False)
 
 
-def _ask_http(url: str) -> None:
-    """ConnectionError and the like when nobody answers; a server that refuses is an InputError."""
+def _ask_http(url: str, settings: dict[str, Any]) -> None:
+    """ConnectionError and the like when nobody answers, or the server refuses; asked with the remote's own password."""
     import requests
+    from requests.auth import HTTPDigestAuth
 
-    response = requests.head(url, timeout=_SECONDS_TO_ANSWER, allow_redirects=True)
-    if response.status_code in (401, 403) or response.status_code >= 500:
-        raise ConnectionError(f"the server answers with status {response.status_code}")
+    kind, user, password = (settings.get(key) for key in ("auth", "user", "password"))
+    with requests.Session() as session:
+        if kind in ("basic", "digest") and password is not None:
+            session.auth = (user or "", password) if kind == "basic" else HTTPDigestAuth(user or "", password)
+        elif kind == "custom" and password is not None:
+            session.headers[settings["custom_auth_header"]] = password
+        session.verify = settings.get("ssl_verify", True)
+
+        def status(address: str) -> int:
+            return session.head(address, timeout=_SECONDS_TO_ANSWER, allow_redirects=True).status_code
+
+        answer = status(url)
+        if answer == 401 and kind and password is None:
+            return  # dvc will ask the user for it
+        if answer == 403:  # of the listing of a folder, perhaps: a file that is not there says more
+            answer = status(f"{url.rstrip('/')}/files/md5/00/{30 * '0'}")
+        if answer in (401, 403) or answer >= 500:
+            raise ConnectionError(f"the server answers with status {answer}")
 
 
 def _answers(name: str, url: str, ask: Callable[[], object]) -> Finding:
@@ -172,11 +200,15 @@ def _answers(name: str, url: str, ask: Callable[[], object]) -> Finding:
         error = answers.get(timeout=_SECONDS_TO_ANSWER)
     except queue.Empty:
         error = TimeoutError(f"no answer within {_SECONDS_TO_ANSWER:g} s")
+    url = masked(url)
     if error is None:
         return ok(f"{name}: {url} answers")
     if isinstance(error, InputError):  # its words say what to type
         raise error
-    return fail(f"the remote {name} ({url}) cannot be reached: {_words(error)}", f"dvc remote modify {name} url ...")
+    return fail(
+        f"the remote {name} ({url}) cannot be reached: {masked(_words(error))}",
+        f"look at the network and the proxy; where the address is wrong: {_NEW_URL.format(name)}",
+    )
 
 
 def _cache_dir() -> Path:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ from stages.core.errors import InputError, run_main
 from tools.remote.drive_access import QUOTA_REASONS, Access, check_access, quota_message
 from tools.remote.drive_key import CONFIGURED, FOLDER, VARIABLE, Key, load_key, parse
 from tools.remote.transfer import ATTEMPTS, PATIENCE, final_reason, transfer
+from tools.shared.addresses import masked
 from tools.shared.arguments import at_least
 from tools.shared.commands import git
 
@@ -36,6 +38,7 @@ _SAVED_KEY = FOLDER / "gdrive-key.json"
 
 def setup_local(directory: Path) -> None:
     """Make a folder the remote of this clone alone."""
+    directory = directory.expanduser()  # make hands on what a shell has left as it is: DIR=~/remote
     try:
         directory.mkdir(parents=True, exist_ok=True)
         probe = directory / ".writable"
@@ -46,10 +49,11 @@ def setup_local(directory: Path) -> None:
             f"{directory} cannot be the remote ({error.strerror}): name a folder that you may write"
         ) from None
     with _config().edit("local") as config:
-        config["remote"][_LOCAL] = {"url": str(directory.resolve())}
+        config["remote"][_LOCAL] = {"url": str(directory.resolve()), "verify": "true"}
         config["core"]["remote"] = _LOCAL
     print(
-        f"remote: {directory} is this clone's remote now (.dvc/config.local); make push, and make pull in another clone"
+        f"remote: {directory} is this clone's remote now (.dvc/config.local): make push; in another clone, make "
+        f"remote-local DIR={shlex.quote(str(directory.resolve()))}, then make pull"
     )
 
 
@@ -79,7 +83,7 @@ def save_key(file: Path | None) -> None:
     """
     if file is not None:
         try:
-            text, origin = file.read_text(), str(file)
+            text, origin = file.expanduser().read_text("utf-8-sig"), str(file)
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{file} cannot be read ({error}): name the key file that the console made") from None
     else:
@@ -91,15 +95,19 @@ def save_key(file: Path | None) -> None:
         raise InputError(
             f"git tracks files in {FOLDER}: git rm -r --cached {FOLDER}, then delete those keys in the console"
         )
+    config = _config()
+    name = config["core"].get("remote", _GDRIVE)
+    if not _is_gdrive(config["remote"].get(name, {"url": ""})):
+        name = _GDRIVE
+    if name not in config["remote"]:
+        raise InputError("no remote of Google Drive is configured: make remote-gdrive FOLDER=<its address> first")
     FOLDER.mkdir(mode=0o700, exist_ok=True)
     temporary = _SAVED_KEY.with_suffix(".new")
     temporary.unlink(missing_ok=True)
     with os.fdopen(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as target:
         target.write(key.text)
     temporary.replace(_SAVED_KEY)
-    config = _config()
-    name = config["core"].get("remote", _GDRIVE)
-    _name_key(name if _is_gdrive(config["remote"].get(name, {"url": ""})) else _GDRIVE, _SAVED_KEY)
+    _name_key(name, _SAVED_KEY)
     print(f"remote: the key of {key.email} is in {_SAVED_KEY}, where dvc finds it; {VARIABLE} is not needed")
 
 
@@ -107,7 +115,8 @@ def check() -> None:
     """Say what the remote is and whether it would take a push."""
     name, settings = _remote()
     if not _is_gdrive(settings):
-        print(f"remote: {name} is {settings['url']}")
+        _check_folder(name, settings, writing=True)
+        print(f"remote: {name} is {masked(settings['url'])}")
         return
     key, access = _ask(name, settings, writing=True)
     place = "in a Shared Drive" if access.is_shared_drive else "in My Drive"
@@ -120,21 +129,50 @@ def move(command: str, patience: float, attempts: int, allow_missing: bool = Fal
     With `allow_missing`, it is no fault when the remote lacks something.
     """
     name, settings = _remote()
-    options = ["--remote", name, *(["--allow-missing"] if allow_missing else [])]
-    if not _is_gdrive(settings):
-        transfer([command, *options, *_targets(command)], patience, attempts, final_reason, {})
+    writing = command == "push"
+    targets = [] if writing else _pushed_outputs()  # dvc knows what is not to be pushed
+    if not writing and not targets:
+        print("remote: dvc.lock names nothing to pull: nothing has run yet; dvc repro does")
         return
-    key, _ = _ask(name, settings, writing=command == "push")
+    words = [command, "--remote", name, *(["--allow-missing"] if allow_missing else []), *targets]
+    if not _is_gdrive(settings):
+        _check_folder(name, settings, writing)
+
+        def explain_folder(reasons: str) -> None:
+            final_reason(reasons)
+            if "://" not in settings["url"] and "CheckoutError" in reasons:
+                raise InputError(
+                    f"the remote {name} has a damaged file, which was not taken: remove it from {settings['url']} (the "
+                    "MD5 hash of a file's content is its path there), and push again where it was made"
+                )
+
+        transfer(words, patience, attempts, explain_folder, {})
+        return
+    key, _ = _ask(name, settings, writing)
 
     def explain(reasons: str) -> None:
         final_reason(reasons)
         if any(reason in reasons for reason in QUOTA_REASONS):
             raise InputError(quota_message(key))
         with suppress(ConnectionError):  # then the network is away, and another try is not useless
-            check_access(key, _drive_folder(name, settings), writing=command == "push")
+            check_access(key, _drive_folder(name, settings), writing)
 
     variables = {VARIABLE: key.text} if key.file is None else {}
-    transfer([command, *options, *_targets(command)], patience, attempts, explain, variables)
+    transfer(words, patience, attempts, explain, variables)
+
+
+def _check_folder(name: str, settings: dict[str, Any], writing: bool) -> None:
+    """InputError for a remote that is a folder, and not there: dvc would make it, below an empty mount point, say."""
+    if "://" in settings["url"]:
+        return
+    path = Path(settings["url"])  # dvc's configuration has made it absolute
+    if not path.is_dir():
+        raise InputError(
+            f"the remote {name}: there is no folder {path}: mount its disk, or make it; in a container, mount it at "
+            f"this path, too (DOCKER_OPTS='--volume {path}:{path}')"
+        )
+    if not os.access(path, os.R_OK | os.X_OK | (os.W_OK if writing else 0)):
+        raise InputError(f"the remote {name}: you may not {'write into' if writing else 'read'} {path}: ask its owner")
 
 
 def _ask(name: str, settings: dict[str, Any], writing: bool) -> tuple[Key, Access]:
@@ -208,15 +246,17 @@ def _folder_id(folder: str) -> str:
     return folder_id
 
 
-def _targets(command: str) -> list[str]:
-    """What to ask dvc for: everything for a push, whose rules dvc knows; for a pull, what a push would have copied."""
-    if command == "push":
-        return []
+def _pushed_outputs() -> list[str]:
+    """What a push would have copied: the paths to ask dvc for in a pull."""
+    from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
-    with Repo(".") as repo:
-        outputs = [out for out in repo.index.outs if out.use_cache and out.can_push and out.hash_info]
-        return sorted(os.path.relpath(out.fs_path) for out in outputs)
+    try:
+        with Repo(".") as repo:
+            outputs = [out for out in repo.index.outs if out.use_cache and out.can_push and out.hash_info]
+            return sorted(os.path.relpath(out.fs_path) for out in outputs)
+    except DvcException as error:  # a conflict in dvc.lock, say
+        raise InputError(f"dvc cannot read the pipeline: {' '.join(str(error).split())}") from None
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -144,5 +144,14 @@ def final_reason(reasons: str) -> None:
             "the remote does not have everything that dvc.lock names, nor has DVC's cache: make push where it was "
             "made, or make it here: dvc repro"
         )
+    if "unsaved files" in reasons:
+        path = _first_error(reasons).rpartition(" ")[2]
+        raise InputError(
+            f"{path} is not what DVC has of it: move it away, or `dvc checkout --force` puts DVC's in its place; then "
+            "pull again"
+        )
     if "No space left on device" in reasons or "Errno 28" in reasons:
-        raise InputError("no space is left on this disk: make room (dvc gc -w removes what no file here needs)")
+        raise InputError(
+            f"a disk is full: {_first_error(reasons)}; make room on it (in DVC's cache, by `dvc gc --all-commits "
+            "--all-experiments`, which keeps what commits and experiments use)"
+        )

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -15,6 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from tools.report.source import Source
+from tools.shared.addresses import masked
 
 Number = int | float
 Result = TypeVar("Result")
@@ -103,14 +103,14 @@ def read_run(source: Source) -> Run:
         if points := [(row["step"], row[column]) for row in rows if math.isfinite(row[column])]:
             curves[name] = points
     per_class = table("plots/evaluate/per_class.csv", "precision", "recall", "f1", "average_precision", "num_images")
-    params: dict[str, Any] = parsed("params.yaml", lambda text: flat(_yaml(_masked(text))), {})
-    lock: dict[str, Any] = parsed("dvc.lock", lambda text: _yaml(_masked(text)), {})
+    params: dict[str, Any] = parsed("params.yaml", lambda text: flat(_yaml(masked(text))), {})
+    lock: dict[str, Any] = parsed("dvc.lock", lambda text: _yaml(masked(text)), {})
     ran_with = _params_of_lock(lock)
     return Run(
         source=source,
         metrics=metrics,
         params={name: ran_with.get(name, value) for name, value in params.items()},
-        params_text=_masked((source.read("params.yaml") or b"").decode(errors="replace")),
+        params_text=masked((source.read("params.yaml") or b"").decode(errors="replace")),
         curves=curves,
         confusion=parsed(
             "plots/evaluate/confusion.csv", lambda text: _confusion(text, [row["class"] for row in per_class]), None
@@ -201,8 +201,3 @@ def _params_of_lock(lock: dict[str, Any]) -> dict[str, Any]:
     stages = sorted((lock.get("stages") or {}).items(), key=lambda one: one[0] != "profile")
     sections = [(stage.get("params") or {}).get("params.yaml") or {} for _, stage in stages]
     return {name: value for section in sections for name, value in flat(section).items()}
-
-
-def _masked(text: str) -> str:
-    """Without the user and password of addresses: a report is shown to others."""
-    return re.sub(r"(?<=://)[^/\s@]+@", "***@", text)

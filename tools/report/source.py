@@ -66,7 +66,7 @@ def default_baseline(source: Source) -> str | None:
         return "HEAD"
     path = _RESULTS[0]
     present = _git("rev-parse", "--verify", "--quiet", f"{source.commit}:{path}")
-    for commit in _git("log", "--format=%H", source.commit, "--", path).split():
+    for commit in _git("rev-list", source.commit, "--", path).split():
         blob = _git("rev-parse", "--verify", "--quiet", f"{commit}:{path}")
         if blob and blob != present:
             return commit
@@ -80,7 +80,9 @@ def _source(
     changed: tuple[str, ...],
     read: Callable[[str], bytes | None],
 ) -> Source:
-    subject, date = _git("log", "-1", "--format=%s%x00%cI", commit).split("\0") if commit else ("", "")
+    subject, date = (
+        _git("log", "-1", "--no-show-signature", "--format=%s%x00%cI", commit).split("\0") if commit else ("", "")
+    )
     label, baseline = experiment or (None, None)
     return Source(name, commit, subject, date, label, baseline, changed, read)
 
