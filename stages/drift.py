@@ -91,7 +91,7 @@ def main(params: Params) -> None:
         raise InputError(f"data/processed: {len(labels)} validation images; a detector needs at least {FEWEST_IMAGES}")
     mirrored = open_mirror("drift", params.wandb, cache_dir(params.runtime), params, model=model.CLASSIFIER)
     with stage_summary("drift") as made, mirrored as mirror:
-        extractor = Extractor(network, spec, precision.resolve(knobs.precision, where), where)
+        extractor = Extractor(network, spec, precision.resolve(knobs.precision, where, key="drift.precision"), where)
         clean = extractor.features(images)
         rng = np.random.default_rng(knobs.seed)
         parts = drift_check.split(len(labels), rng)

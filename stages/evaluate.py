@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from stages.core.errors import InputError
+from stages.core.errors import InputError, ran_out_of_memory
 from stages.core.mirror import WandbParams, open_mirror
 from stages.core.params import Section, load_params
 from stages.core.recipe import Precision
@@ -60,7 +60,7 @@ def main(params: Params) -> None:
     meta = load_meta()
     split = load_split("val", meta)
     where = device.set_up(params.runtime)
-    policy = precision.resolve(params.evaluate.precision, where)
+    policy = precision.resolve(params.evaluate.precision, where, key="evaluate.precision")
     network, spec = model.load(model.CLASSIFIER, where)
     if spec.class_ids != meta.class_ids:
         raise InputError(
@@ -73,7 +73,15 @@ def main(params: Params) -> None:
         source = open_source(split, where, params.runtime.resident, num_readers(params.runtime))
         batches = evaluation_batches(source, spec.mean, spec.std, spec.image_size, batch_size, policy.dtype)
         num_batches = -(-len(split.labels) // batch_size)
-        logits = inference.predict(network, progress(batches, "evaluate", num_batches, "batch"), policy)
+        try:
+            logits = inference.predict(network, progress(batches, "evaluate", num_batches, "batch"), policy)
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
+            raise InputError(
+                f"params.yaml: evaluate.batch_size: {batch_size}: out of memory on {where} with images of "
+                f"{spec.image_size} px: use a smaller one, or set runtime.resident to false"
+            ) from None
         probabilities: NDArray[np.float64] = torch.softmax(logits.double(), dim=1).numpy()
         if not np.isfinite(probabilities).all():
             raise InputError(f"{model.CLASSIFIER}: its outputs are not finite: the training run diverged")
@@ -84,10 +92,8 @@ def main(params: Params) -> None:
         counts = np.zeros((len(spec.classes), len(spec.classes)), dtype=np.int64)
         np.add.at(counts, (split.labels, predicted), 1)
         worst = _most_confident_mistakes(probabilities, split.labels, params.evaluate.num_mistakes)
-        captions = [
-            f"{spec.classes[split.labels[i]]}\nas {spec.classes[predicted[i]]} {probabilities[i].max():.0%}"
-            for i in worst
-        ]
+        names = figures.labels(spec.classes)
+        captions = [f"{names[split.labels[i]]}\nas {names[predicted[i]]} {probabilities[i].max():.0%}" for i in worst]
 
         pairs = [
             {"actual": spec.classes[a], "predicted": spec.classes[p]}

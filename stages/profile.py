@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -88,6 +88,7 @@ def main(params: Params) -> None:
     share = params.train.share(num_processes)
     policy = precision.resolve(params.train.precision, where, params.train.smallest_side)
     network = model.create(params.model, len(meta.classes), params.train.seed)
+    model.check_takes(network, params.model.name, [params.train.image_size])
     trainer = engine.create_trainer(network, params.train, policy, where)
     if num_processes > 1:
         trainer.captured = None  # as in train
@@ -97,7 +98,13 @@ def main(params: Params) -> None:
         recipe = params.train.model_copy(update={"progressive": None, "batch_size": share})  # the step at full size
         batches = _endless_batches(source, meta, recipe, policy.dtype)
         flops = _flops_per_image(trainer, *next(batches))
-        numbers = _time_steps(trainer, batches, params, where)
+        # Whose they are: DVC's run cache brings back operators.csv of an earlier run, and not these.
+        whose = {
+            "model": params.model.name,
+            "image_size": params.train.image_size,
+            "batch_size": params.train.batch_size,
+        }
+        numbers: dict[str, Any] = whose | _time_steps(trainer, batches, params, where)
         numbers["peak_memory_mb"] = _peak_memory_mb(where)
         numbers["flops_per_image"] = flops
         trainer.captured = None  # a graph's operators would not be seen
@@ -106,7 +113,7 @@ def main(params: Params) -> None:
             write_text(out / "operators.csv", _operator_table(profiler, params.profile.active * params.profile.repeat))
             if params.profile.profile_memory:
                 for trace in sorted(out.glob("trace*.json.gz")):
-                    _draw_memory(trace)
+                    _draw_memory(trace, where)
         write_json(METRICS, numbers)
         made.append(f"{numbers['images_per_second']:,.0f} img/s, {numbers['step_ms_p50']:.0f} ms a step of ")
         made[-1] += f"{share} on {where}" + (f" (one of {num_processes} processes)" if num_processes > 1 else "")
@@ -228,14 +235,19 @@ def _operator_table(profiler: profile, num_steps: int) -> str:
     return text.getvalue()
 
 
-def _draw_memory(trace: Path) -> None:
-    """Memory over time from the allocation events of a trace, as a PNG beside it."""
+def _draw_memory(trace: Path, where: torch.device) -> None:
+    """Memory of a device over time, from the allocation events of a trace, as a PNG beside it."""
     from stages.core.figures import memory_timeline
     from stages.core.output import write_bytes
 
     with gzip.open(trace, "rt", encoding="utf-8") as file:
         events = [event for event in json.load(file)["traceEvents"] if event.get("name") == "[memory]"]
-    points = sorted((event["ts"], event["args"]["Total Allocated"]) for event in events)
+    is_host = where.type == "cpu"  # whose number is 0; with a GPU, both allocate
+    points = sorted(
+        (event["ts"], event["args"]["Total Allocated"])
+        for event in events
+        if (event["args"]["Device Type"] == 0) == is_host
+    )
     if points:
         start = points[0][0]
         figure = memory_timeline([(time_us - start) / 1e3 for time_us, _ in points], [size / 1e6 for _, size in points])

@@ -120,7 +120,7 @@ def _open_session(
     import timm
     import torch
 
-    from stages.core import engine, model, precision
+    from stages.core import engine, loader, model, precision
     from stages.core.batchnorm import share_statistics
     from stages.core.checkpoint import CheckpointStore, fingerprint
     from stages.core.output import sha256_of
@@ -129,8 +129,7 @@ def _open_session(
     params.train.share(world.shard.num_shards)  # refuses a batch that does not divide
     policy = precision.resolve(params.train.precision, where, params.train.smallest_side)
     network = model.create(params.model, len(meta.classes), params.train.seed)
-    sizes = {"train.image_size": params.train.image_size, "train.progressive": params.train.progressive}
-    model.check_takes(network, params.model.name, sizes)
+    model.check_takes(network, params.model.name, loader.input_sizes(params.train))
     if world.shard.num_shards > 1:
         network = share_statistics(network, where)
     weights = params.model.weights

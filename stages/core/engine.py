@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stages.core import ema, optim
 from stages.core.capture import CapturedStep
 from stages.core.ema import NoAverage
-from stages.core.errors import InputError
+from stages.core.errors import InputError, ran_out_of_memory
 from stages.core.precision import Policy
 from stages.core.recipe import TrainParams
 
@@ -198,8 +198,3 @@ def step_errors(params: TrainParams, device: torch.device, when: Callable[[], st
             "parts; batch norms see one part at a time), lower train.batch_size or train.image_size, or set "
             "runtime.resident to false"
         ) from None
-
-
-def ran_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error of PyTorch says that device or host memory is exhausted."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -40,6 +40,11 @@ def where_dvc_has_it(path: Path) -> str:
     return f"; DVC keeps it: `make pull` or `dvc checkout {pointer}` (`dvc exp run --temp` has it if no stage is named)"
 
 
+def ran_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error of PyTorch, which is not imported for this, says that device or host memory is exhausted."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
 class Stopped(Exception):  # noqa: N818  # no error: somebody asked for it
     """The run was asked to stop and has saved what it needs to go on.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import matplotlib
@@ -11,11 +12,25 @@ import matplotlib
 matplotlib.use("Agg")
 
 import numpy as np
+from matplotlib import font_manager
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 _DPI = 110
+_LONGEST_LABEL = 20  # characters of a class's name in a picture
+_FONTS_OF_OTHER_SCRIPTS = (  # the common ones of Linux, macOS and Windows, for what Matplotlib's own font lacks
+    *("Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "Noto Sans Devanagari", "Noto Sans Thai"),
+    *(
+        "Arial Unicode MS",
+        "Hiragino Sans",
+        "PingFang SC",
+        "Yu Gothic",
+        "Microsoft YaHei",
+        "Malgun Gothic",
+        "Nirmala UI",
+    ),
+)
 
 
 def confusion_matrix(counts: NDArray[np.int64], classes: Sequence[str]) -> bytes:
@@ -28,8 +43,9 @@ def confusion_matrix(counts: NDArray[np.int64], classes: Sequence[str]) -> bytes
     axes.set(xlabel="predicted", ylabel="true", title="Confusion matrix (share of the true class, %)")
     if num_classes <= 40:
         # Names are names: Matplotlib takes what is between two $ for a formula.
-        axes.set_xticks(range(num_classes), classes, rotation=45, ha="right", parse_math=False)
-        axes.set_yticks(range(num_classes), classes, parse_math=False)
+        names = labels(classes)
+        axes.set_xticks(range(num_classes), names, rotation=45, ha="right", parse_math=False)
+        axes.set_yticks(range(num_classes), names, parse_math=False)
     if num_classes <= 20:
         for row in range(num_classes):
             for column in range(num_classes):
@@ -68,6 +84,33 @@ def mistakes(images: NDArray[np.uint8], captions: Sequence[str], columns: int = 
         axis.imshow(image, interpolation="nearest")
         axis.set_title(caption, fontsize=8, parse_math=False)
     return png(figure)
+
+
+def labels(classes: Sequence[str]) -> list[str]:
+    """The names of classes as pictures have room for them, and a font: cut in the middle, or `class N` (from 0)."""
+    own, others = _fonts()
+    found = []
+    for number, name in enumerate(classes):
+        missing = [character for character in name if not _is_in(own, character)]
+        if not all(any(_is_in(path, character) for path in others.values()) for character in missing):
+            found.append(f"class {number}")
+            continue
+        if missing:
+            plt.rcParams["font.family"] = ["DejaVu Sans", *others]
+        short = f"{name[: _LONGEST_LABEL // 2]}…{name[1 - _LONGEST_LABEL // 2 :]}"
+        found.append(short if len(name) > _LONGEST_LABEL else name)
+    return found
+
+
+@cache
+def _fonts() -> tuple[str, dict[str, str]]:
+    """The file of Matplotlib's own font, and by name those of other scripts that are installed."""
+    files = {entry.name: entry.fname for entry in font_manager.fontManager.ttflist}
+    return files["DejaVu Sans"], {name: files[name] for name in _FONTS_OF_OTHER_SCRIPTS if name in files}
+
+
+def _is_in(font: str, character: str) -> bool:
+    return bool(font_manager.get_font(font).get_char_index(ord(character)))
 
 
 def memory_timeline(milliseconds: Sequence[float], megabytes: Sequence[float]) -> bytes:

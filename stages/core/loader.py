@@ -96,6 +96,13 @@ def input_size(params: TrainParams, step: int, num_steps: int) -> int:
     return min(params.image_size, max(params.progressive, round(size / _SIZE_INCREMENT) * _SIZE_INCREMENT))
 
 
+def input_sizes(params: TrainParams) -> list[int]:
+    """All that `input_size` can be in a run, in rising order."""
+    first, last = input_size(params, 0, 1), params.image_size
+    between = range((first // _SIZE_INCREMENT + 1) * _SIZE_INCREMENT, last, _SIZE_INCREMENT)
+    return sorted({first, *between, last})
+
+
 def training_batches(
     source: Source,
     meta: PackMeta,

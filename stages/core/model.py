@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +58,19 @@ def create(params: ModelParams, num_classes: int, seed: int) -> nn.Module:
         ) from None
 
 
-def check_takes(model: nn.Module, name: str, sizes: dict[str, int | None]) -> None:
-    """InputError where a network of timm does not take images of a size in pixels; `sizes` are by key of params."""
+def check_takes(model: nn.Module, name: str, sizes: Sequence[int]) -> None:
+    """InputError where a network of timm does not take images of one of the sizes (pixels), which are in rising order.
+
+    The last is `train.image_size`; those before it are of progressive resizing.
+    """
     was_training = model.training
     model.eval()
-    for key, size in sizes.items():
-        if size is None:
-            continue
+    for size in sizes[::-1]:
         try:
             with torch.no_grad():
                 model(torch.zeros(1, 3, size, size))
         except (AssertionError, RuntimeError) as error:
+            key = "train.image_size" if size == sizes[-1] else "train.progressive"
             raise InputError(
                 f"params.yaml: {key}: {name} does not take images of {size} x {size} pixels: {_first_line(error)}; "
                 "choose another size, or another model.name"
@@ -112,7 +115,8 @@ def _load_weights(model: nn.Module, path: Path) -> None:
 def save(folder: Path, model: nn.Module, spec: ModelSpec) -> None:
     """Write a model directory (model.safetensors, and model.json with its checksum); it appears whole or not at all."""
     with replace_directory(folder) as out:
-        state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+        # Copies: what a network shares between names (CoaT) does not fit into safetensors otherwise.
+        state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
         with disk_errors(folder):
             save_file(state, out / "model.safetensors")
         spec = spec.model_copy(update={"sha256": sha256_of(out / "model.safetensors")})

@@ -30,22 +30,27 @@ class Policy:
 _SMALLEST_BF16_SIDE = 32
 
 
-def resolve(precision: Precision, device: torch.device, smallest_side: int = _SMALLEST_BF16_SIDE) -> Policy:
+def resolve(
+    precision: Precision,
+    device: torch.device,
+    smallest_side: int = _SMALLEST_BF16_SIDE,
+    key: str = "train.precision",
+) -> Policy:
     """The policy of `auto`, `fp32`, `bf16` or `fp16` on a device; InputError where it cannot work.
 
     `auto` is bf16 where the hardware computes in it, and fp32 elsewhere. `smallest_side`: side in pixels of the
-    smallest images that will be trained on; below 32, bf16 is not exact on a CPU.
+    smallest images that will be trained on; below 32, bf16 is not exact on a CPU. `key` is the one of params.yaml.
     """
     too_small = device.type == "cpu" and smallest_side < _SMALLEST_BF16_SIDE
     if precision == "auto":
         precision = "bf16" if has_bf16(device) and not too_small else "fp32"
     if precision == "bf16" and too_small:
         raise InputError(
-            f"params.yaml: train.precision: bf16 gives wrong gradients for images of {smallest_side} px on a CPU; use "
+            f"params.yaml: {key}: bf16 gives wrong gradients for images of {smallest_side} px on a CPU; use "
             f"auto or fp32, or train.image_size and train.progressive of at least {_SMALLEST_BF16_SIDE}"
         )
     if precision == "fp16" and device.type == "cpu":
-        raise InputError("params.yaml: train.precision: fp16 needs a GPU; on a CPU use auto, bf16 or fp32")
+        raise InputError(f"params.yaml: {key}: fp16 needs a GPU; on a CPU use auto, bf16 or fp32")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     return Policy(dtype, scale_gradients=precision == "fp16")
 

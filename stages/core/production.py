@@ -23,7 +23,10 @@ from stages.core.archive import refused_when_damaged
 from stages.core.errors import InputError
 from stages.core.image import CropMode, Interpolation, decode
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+_SUFFIXES = (  # of the formats that extract accepts by their content
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
 _LARGEST_FILE = 200_000_000  # bytes
 _LARGEST_RATIO = 200  # unpacked bytes per byte of archive; more is taken for a bomb
 _CHUNK = 1 << 20

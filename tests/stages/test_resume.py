@@ -229,6 +229,17 @@ def test_memory_that_runs_out_names_the_batch_size(stage: str, when: str, long_r
     assert "set train.grad_accumulation to 2" in output
 
 
+def test_an_evaluation_whose_memory_runs_out_names_its_batch_size(packed: Path) -> None:
+    assert run_in_little_memory("train", packed)[0] == 0
+    description = packed / "models/classifier/model.json"
+    spec = json.loads(description.read_text())
+    description.write_text(json.dumps(spec | {"image_size": 2048}))
+    status, output = run_in_little_memory("evaluate", packed)
+    assert status == 2, output
+    assert "error: params.yaml: evaluate.batch_size: 128: out of memory on cpu with images of 2048 px" in output
+    assert not (packed / "metrics/evaluate.json").exists()
+
+
 def test_the_validation_takes_no_more_memory_than_a_part_of_a_step(packed: Path) -> None:
     """One step on images of 16 px, then a validation on 60 of 1024 px: 755 MB, or 25 MB a part."""
     recipe = {"train.image_size": 1024, "train.progressive": 16, "train.batch_size": 60, "train.epochs": 1}

@@ -156,6 +156,16 @@ def test_evaluate_measures_what_train_left(packed: Path) -> None:
     assert files(packed / "plots") | {"metrics": (packed / "metrics/evaluate.json").read_bytes()} == first
 
 
+def test_a_precision_that_a_device_lacks_is_refused_by_its_own_key(packed: Path) -> None:
+    set_params(packed / "params.yaml", {"evaluate.precision": "fp16", "runtime.device": "cpu"})
+    train.main(load_params(train.Params))
+    with pytest.raises(InputError, match=r"params\.yaml: evaluate\.precision: fp16 needs a GPU"):
+        evaluate.main(load_params(evaluate.Params))
+    set_params(packed / "params.yaml", {"train.precision": "fp16"})
+    with pytest.raises(InputError, match=r"params\.yaml: train\.precision: fp16 needs a GPU"):
+        train.main(load_params(train.Params))
+
+
 def test_evaluate_refuses_a_model_of_other_classes(packed: Path) -> None:
     run_train(packed)
     path = packed / "models/classifier/model.json"
@@ -175,6 +185,7 @@ def test_profile_measures_and_records(packed: Path) -> None:
     numbers = json.loads((packed / "metrics/profile.json").read_text())
     assert set(numbers) == {
         "images_per_second", "step_ms_p50", "step_ms_p95", "data_wait_share", "peak_memory_mb", "flops_per_image",
+        "model", "image_size", "batch_size",
     }  # fmt: skip
     assert numbers["step_ms_p95"] >= numbers["step_ms_p50"] > 0
     assert 0 < numbers["data_wait_share"] < 1

@@ -52,6 +52,16 @@ def test_the_sample_recipe_is_what_is_committed_and_brings_it_back(checkout: Pat
     assert exp.plan(["sample"], []).settings == {}
     set_params(Path("params.yaml"), {"train.lr": 0.5, "data.source": "imagenette2-160"})
     assert exp.plan(["sample"], []).settings == {"train.lr": 0.01, "data.source": "sample"}
+    recipe, committed = (overrides.flat(read_params(Path(name))) for name in ("recipes/sample.yaml", "params.yaml"))
+    made_of = {key for key in committed if key.split(".")[0] in ("sample", "preprocess", "model", "train")}
+    assert made_of <= recipe.keys(), "whatever params.yaml says by now"
+
+
+def test_a_recipe_with_data_leaves_out_what_a_retraining_has_added(checkout: Path) -> None:
+    set_params(Path("params.yaml"), {"data.extra": "retrain/labelled.tar"})
+    for path in Path("recipes").glob("*.yaml"):
+        if "data" in read_params(path):
+            assert exp.plan([path.stem], []).settings["data.extra"] is None
 
 
 def test_the_measured_recipe_is_the_command_of_the_readme(checkout: Path) -> None:

@@ -187,6 +187,21 @@ def test_a_revision_is_read_as_it_was_committed(compared: Path, monkeypatch: pyt
     assert (by_commit.experiment, by_commit.baseline) == ("other-seed", head.source.commit)
 
 
+def test_times_of_another_model_are_not_those_of_this_run(compared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DVC's run cache brings back what is tracked of an earlier run; the times beside it stay those of the last."""
+    monkeypatch.chdir(compared)
+    path = Path("metrics/profile.json")
+    before = path.read_bytes()
+    try:
+        path.write_text(json.dumps(json.loads(before) | {"model": "resnet34", "batch_size": 8}))
+        found = read_run(open_source("workspace"))
+    finally:
+        path.write_bytes(before)
+    (problem,) = found.problems
+    assert problem.startswith("metrics/profile.json: of another run (model.name resnet34, train.batch_size 8)")
+    assert "metrics/profile.json" not in found.metrics
+
+
 def test_the_last_commit_with_other_results_is_the_baseline(
     compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import optuna
 import psutil
 import pytest
-from optuna.distributions import FloatDistribution, IntDistribution
+from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 from ruamel.yaml import YAML
 
@@ -105,7 +105,7 @@ def test_a_trial_that_somebody_takes_off_the_queue_is_given_up(
 ) -> None:
     monkeypatch.chdir(repository)
     monkeypatch.setattr("tools.sweep.trials._NUDGE_SECONDS", 0.0)
-    space = {"train.epochs": IntDistribution(1, 9)}
+    space: dict[str, BaseDistribution] = {"train.epochs": IntDistribution(1, 9)}
     study = optuna.create_study(study_name="study")
     question = Question([], {}, space, "metrics/evaluate.json:top1", "maximize")
     sweep = Sweep(argparse.Namespace(workers=1), study, question, "evaluate", 0)

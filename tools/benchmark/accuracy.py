@@ -35,7 +35,14 @@ from tools.shared import overrides
 from tools.shared.arguments import at_least
 
 OUT = Path("benchmarks/accuracy.json")
-_FIXED = {"data.md5": None, "data.sha256": None, "runtime.cache_dir": "cache", "runtime.device": "cpu"}
+_FIXED = {
+    "data.md5": None,
+    "data.sha256": None,
+    "data.extra": None,
+    "data.extra_sha256": None,
+    "runtime.cache_dir": "cache",
+    "runtime.device": "cpu",
+}
 _METRICS = Path("metrics/train/metrics.json")
 _ACCURACY = Path("plain.json")
 

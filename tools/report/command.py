@@ -29,7 +29,8 @@ def main() -> int:
     against = None if arguments.alone else arguments.against or default_baseline(source)
     run = read_run(source)
     baseline = read_run(open_source(against)) if against else None
-    profile = read_profile() if source.is_workspace else None
+    has_profile = source.is_workspace and "metrics/profile.json" in run.metrics
+    profile = read_profile() if has_profile else None
     machine, date = environment(), datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     write_output("--html", arguments.html, page(run, baseline, profile, machine, date))
     write_output("--markdown", arguments.markdown, markdown(run, baseline, machine, date))

@@ -19,7 +19,9 @@ from tools.shared.addresses import masked
 Number = int | float
 Result = TypeVar("Result")
 
-_METRICS = ("metrics/evaluate.json", "metrics/train/metrics.json", "metrics/drift.json", "metrics/profile.json")
+_PROFILE = "metrics/profile.json"
+_PROFILED = {"model": "model.name", "image_size": "train.image_size", "batch_size": "train.batch_size"}
+_METRICS = ("metrics/evaluate.json", "metrics/train/metrics.json", "metrics/drift.json", _PROFILE)
 _CURVES = ("train/loss", "val/loss", "val/top1", "train/lr")
 _PICTURES = {
     "mistakes": "plots/evaluate/mistakes.png",
@@ -103,13 +105,23 @@ def read_run(source: Source) -> Run:
         if points := [(row["step"], row[column]) for row in rows if math.isfinite(row[column])]:
             curves[name] = points
     per_class = table("plots/evaluate/per_class.csv", "precision", "recall", "f1", "average_precision", "num_images")
-    params: dict[str, Any] = parsed("params.yaml", lambda text: flat(_yaml(masked(text))), {})
+    edited: dict[str, Any] = parsed("params.yaml", lambda text: flat(_yaml(masked(text))), {})
     lock: dict[str, Any] = parsed("dvc.lock", lambda text: _yaml(masked(text)), {})
     ran_with = _params_of_lock(lock)
+    pictures = {name: content for name, path in _PICTURES.items() if (content := source.read(path)) is not None}
+    params = {name: ran_with.get(name, value) for name, value in edited.items()}
+    profiled: dict[str, Any] = parsed(_PROFILE, lambda text: dict(json.loads(text)), {})
+    of = {name: profiled[key] for key, name in _PROFILED.items() if key in profiled and name in params}
+    if other := [f"{name} {value}" for name, value in of.items() if value != params[name]]:
+        problems.append(
+            f"{_PROFILE}: of another run ({', '.join(other)}): dvc repro --force --single-item profile renews it"
+        )
+        metrics.pop(_PROFILE, None)
+        pictures.pop("memory", None)
     return Run(
         source=source,
         metrics=metrics,
-        params={name: ran_with.get(name, value) for name, value in params.items()},
+        params=params,
         params_text=masked((source.read("params.yaml") or b"").decode(errors="replace")),
         curves=curves,
         confusion=parsed(
@@ -121,11 +133,11 @@ def read_run(source: Source) -> Run:
         severity=table("plots/drift/severity.csv", "severity", "accuracy", "estimated"),
         estimates=table("plots/drift/estimates.csv", "window", "true", "estimated"),
         operators=table("data/profile/operators.csv", "calls_per_step", "flops_per_step"),
-        pictures={name: content for name, path in _PICTURES.items() if (content := source.read(path)) is not None},
+        pictures=pictures,
         hashes=_hashes(lock),
         stale=[
             f"{name} (ran with {ran_with[name]}, now {value})"
-            for name, value in params.items()
+            for name, value in edited.items()
             if name in ran_with and ran_with[name] != value
         ],
         problems=problems,

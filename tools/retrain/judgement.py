@@ -72,7 +72,7 @@ class Trial:
     def top1(self, classifier: Path) -> tuple[float, float]:
         """Top-1 of a saved classifier on clean images, and on drifted ones."""
         where = device.set_up(self._params.runtime)
-        policy = precision.resolve(self._params.evaluate.precision, where)
+        policy = precision.resolve(self._params.evaluate.precision, where, key="evaluate.precision")
         network, spec = model.load(classifier, where)
         found = []
         for split in (self.clean, self.drifted):

@@ -15,6 +15,7 @@ from stages.core.loader import (
     Source,
     evaluation_batches,
     input_size,
+    input_sizes,
     normalise,
     num_batches,
     open_source,
@@ -200,6 +201,10 @@ def test_progressive_sizes_grow_from_the_first_to_the_last_in_steps_of_16() -> N
     assert input_size(odd, 99, 100) == 72
     assert [input_size(odd, step, 100) for step in (0, 10, 30, 70)] == [40, 48, 48, 64]
     assert {input_size(params(image_size=8, progressive=8), step, 10) for step in range(10)} == {8}
+    for first, last in ((64, 128), (40, 72), (48, 50), (20, 31), (8, 8), (9, 160)):
+        recipe = params(image_size=last, progressive=first)
+        assert input_sizes(recipe) == sorted({input_size(recipe, step, 1000) for step in range(1000)})
+    assert input_sizes(params(image_size=100)) == [100]
 
 
 def test_progressive_batches_have_the_size_of_their_step(split: Split, meta: PackMeta) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from stages.core import model
 from stages.core.errors import InputError
@@ -172,18 +172,16 @@ def test_altered_weights_are_refused_and_those_without_a_checksum_are_not(tmp_pa
 @pytest.mark.parametrize(
     ("name", "sizes", "message"),
     [
-        ("vit_tiny_patch16_224", {"train.image_size": 48}, "train.image_size: vit.* 48 x 48 pixels: Input height"),
+        ("vit_tiny_patch16_224", [48], "train.image_size: vit.* 48 x 48 pixels: Input height"),
         (
             "vit_tiny_patch16_224",
-            {"train.image_size": 224, "train.progressive": 128},
+            [128, 224],
             "train.progressive: vit.* of 128 x 128 pixels: Input height",
         ),
-        ("inception_v3", {"train.image_size": 48}, "train.image_size: inception_v3 .* Kernel size can't be greater"),
+        ("inception_v3", [48], "train.image_size: inception_v3 .* Kernel size can't be greater"),
     ],
 )
-def test_a_size_that_a_network_does_not_take_is_refused_by_key(
-    name: str, sizes: dict[str, int | None], message: str
-) -> None:
+def test_a_size_that_a_network_does_not_take_is_refused_by_key(name: str, sizes: list[int], message: str) -> None:
     with pytest.raises(InputError, match=rf"params\.yaml: {message}.*; choose another size, or another model\.name"):
         model.check_takes(model.create(params(name=name), 3, 0), name, sizes)
 
@@ -191,7 +189,7 @@ def test_a_size_that_a_network_does_not_take_is_refused_by_key(
 def test_a_size_that_a_network_takes_changes_nothing() -> None:
     network = model.create(params(), 3, 0)
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    model.check_takes(network, NAME, {"train.image_size": 24, "train.progressive": None})
+    model.check_takes(network, NAME, [16, 24])
     assert network.training
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
 
@@ -199,3 +197,15 @@ def test_a_size_that_a_network_takes_changes_nothing() -> None:
 def test_a_tag_that_timm_does_not_have_is_refused() -> None:
     with pytest.raises(InputError, match=r"params\.yaml: model\.name: 'resnet18\.a0': Invalid pretrained tag"):
         model.create(params(name="resnet18.a0"), 3, 0)
+
+
+def test_weights_that_two_names_share_are_saved(tmp_path: Path) -> None:
+    """As CoaT's convolutions are."""
+    network = model.create(params(), 3, 0)
+    network.add_module("again", network.get_submodule(next(n for n, m in network.named_modules() if "conv" in n)))
+    state = network.state_dict()
+    pointers = [value.data_ptr() for value in state.values()]
+    assert len(set(pointers)) < len(pointers)
+    model.save(tmp_path / "m", network, spec())
+    saved = load_file(tmp_path / "m/model.safetensors")
+    assert all(torch.equal(saved[name], value) for name, value in state.items())

@@ -288,7 +288,7 @@ def test_other_arrays_are_refused_by_name(array: NDArray[np.generic], message: s
 
 
 def test_names_of_images() -> None:
-    for name in ("a.jpg", "A.JPEG", "x/y.z/b.Png", "./c.gif", "with space.tif"):
+    for name in ("a.jpg", "A.JPEG", "x/y.z/b.Png", "./c.gif", "with space.tif", "d.jfif", "e.pgm"):
         assert is_image_name(name), name
     for name in ("a", "a.txt", ".a.jpg", "x/.y/a.jpg", "__MACOSX/a.jpg", "jpg", "a.jpg.part", ".jpg"):
         assert not is_image_name(name), name
