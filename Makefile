@@ -32,7 +32,7 @@ DOCKER_OPTS ?=
 DOCKER_RUN = docker run --rm --user "$$(id -u):$$(id -g)" $(DOCKER_MEMORY_OPTS) $(DOCKER_OPTS) \
   --volume "$(CURDIR):/workspace" --volume "$(HOME)/.cache/driftline:/home/driftline/.cache/driftline" \
   $(if $(HOST_DVC_CACHE_DIR),--volume "$(HOST_DVC_CACHE_DIR):$(HOST_DVC_CACHE_DIR)" --env DVC_CACHE_DIR="$(HOST_DVC_CACHE_DIR)") \
-  $(if $(HOST_SERVICE_ACCOUNT_KEY_PATH),--volume "$$(cd "$$(dirname "$(HOST_SERVICE_ACCOUNT_KEY_PATH)")" && pwd)/$$(basename "$(HOST_SERVICE_ACCOUNT_KEY_PATH)"):/run/secrets/gdrive-key.json:ro") \
+  $(if $(HOST_SERVICE_ACCOUNT_KEY_PATH),--volume "$$(CDPATH= cd "$$(dirname "$(HOST_SERVICE_ACCOUNT_KEY_PATH)")" && pwd)/$$(basename "$(HOST_SERVICE_ACCOUNT_KEY_PATH)"):/run/secrets/gdrive-key.json:ro") \
   --env GDRIVE_CREDENTIALS_DATA --env WANDB_API_KEY --env WANDB_MODE --env CI_MODE
 DOCKER_IMAGE = "$(IMAGE_NAME):$(IMAGE_TAG)"
 

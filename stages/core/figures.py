@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 _DPI = 110
+_OWN_FONT = "DejaVu Sans"  # Matplotlib's, which comes with it
 _LONGEST_LABEL = 20  # characters of a class's name in a picture
 _FONTS_OF_OTHER_SCRIPTS = (  # the common ones of Linux, macOS and Windows, for what Matplotlib's own font lacks
     *("Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "Noto Sans Devanagari", "Noto Sans Thai"),
@@ -87,7 +89,10 @@ def mistakes(images: NDArray[np.uint8], captions: Sequence[str], columns: int = 
 
 
 def labels(classes: Sequence[str]) -> list[str]:
-    """The names of classes as pictures have room for them, and a font: cut in the middle, or `class N` (from 0)."""
+    """The names of classes (numbered from 0) as pictures have room for them, and a font.
+
+    Long ones are cut in the middle; after their number where two are then the same. What no font here has is `class N`.
+    """
     own, others = _fonts()
     found = []
     for number, name in enumerate(classes):
@@ -96,17 +101,28 @@ def labels(classes: Sequence[str]) -> list[str]:
             found.append(f"class {number}")
             continue
         if missing:
-            plt.rcParams["font.family"] = ["DejaVu Sans", *others]
-        short = f"{name[: _LONGEST_LABEL // 2]}…{name[1 - _LONGEST_LABEL // 2 :]}"
-        found.append(short if len(name) > _LONGEST_LABEL else name)
-    return found
+            plt.rcParams["font.family"] = [_OWN_FONT, *others]
+        found.append(_cut(name))
+    return [
+        f"{number}: {classes[number]}"[: _LONGEST_LABEL - 1] + "…" if found.count(label) > 1 else label
+        for number, label in enumerate(found)
+    ]
+
+
+def _cut(name: str) -> str:
+    short = f"{name[: _LONGEST_LABEL // 2]}…{name[1 - _LONGEST_LABEL // 2 :]}"
+    return short if len(name) > _LONGEST_LABEL else name
 
 
 @cache
 def _fonts() -> tuple[str, dict[str, str]]:
     """The file of Matplotlib's own font, and by name those of other scripts that are installed."""
-    files = {entry.name: entry.fname for entry in font_manager.fontManager.ttflist}
-    return files["DejaVu Sans"], {name: files[name] for name in _FONTS_OF_OTHER_SCRIPTS if name in files}
+    listed = {entry.name for entry in font_manager.fontManager.ttflist}
+    others: dict[str, str] = {}
+    for name in (name for name in _FONTS_OF_OTHER_SCRIPTS if name in listed):
+        with suppress(ValueError, OSError):  # listed, and removed since
+            others[name] = font_manager.findfont(name, fallback_to_default=False)
+    return font_manager.findfont(_OWN_FONT), others
 
 
 def _is_in(font: str, character: str) -> bool:

@@ -70,10 +70,12 @@ def check_takes(model: nn.Module, name: str, sizes: Sequence[int]) -> None:
             with torch.no_grad():
                 model(torch.zeros(1, 3, size, size))
         except (AssertionError, RuntimeError) as error:
-            key = "train.image_size" if size == sizes[-1] else "train.progressive"
+            is_last = size == sizes[-1]
+            key = "train.image_size" if is_last else "train.progressive"
+            advice = "" if is_last else " or null (it grows in steps of 16 pixels)"
             raise InputError(
                 f"params.yaml: {key}: {name} does not take images of {size} x {size} pixels: {_first_line(error)}; "
-                "choose another size, or another model.name"
+                f"choose another size{advice}, or another model.name"
             ) from None
     model.train(was_training)
 

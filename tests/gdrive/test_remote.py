@@ -157,7 +157,7 @@ def test_a_pull_takes_nothing_from_the_user(shared: tuple[Path, Path], google: S
     (clone / "model/name.txt").write_text("mine")
     result = tool(google, clone, "pull", check=False)
     assert result.returncode == 2
-    assert f"{clone}/model/name.txt is not what DVC has of it: move it away, or `dvc checkout --force`" in result.stderr
+    assert f"not what DVC has of them: {clone}/model/name.txt; move them away, or `dvc checkout" in result.stderr
     assert (clone / "model/name.txt").read_text() == "mine"
     (clone / "model/name.txt").unlink()
     tool(google, clone, "pull")

@@ -512,7 +512,11 @@ def test_remotes_on_servers(small: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         set_url(url)
         finds(storage.remote(), "FAIL", "the server answers with status 401", "dvc remote modify web url")
         type_in("dvc remote modify --local web auth basic")
-        finds(storage.remote(), "ok", f"web: {url} answers")  # and dvc asks for the password
+        with pytest.raises(InputError, match="auth is basic, and its user or password is not set"):
+            storage.remote()
+        type_in("dvc remote modify --local web ask_password true")
+        finds(storage.remote(), "ok", f"web: {url} answers")
+        type_in("dvc remote modify --local web ask_password false")
         type_in("dvc remote modify --local web user me")
         type_in("dvc remote modify --local web password wrong")
         finds(storage.remote(), "FAIL", "the server answers with status 401")

@@ -161,22 +161,29 @@ def _ask_google(name: str, settings: dict[str, Any], folder: str) -> None:
 def _ask_http(url: str, settings: dict[str, Any]) -> None:
     """ConnectionError and the like when nobody answers, or the server refuses; asked with the remote's own password."""
     import requests
-    from requests.auth import HTTPDigestAuth
 
     kind, user, password = (settings.get(key) for key in ("auth", "user", "password"))
+    header = settings.get("custom_auth_header")
+    if kind == "digest":
+        raise InputError("remote: dvc does not know auth = digest any more: use basic over https, or another remote")
+    needed = ("custom_auth_header" if kind == "custom" else "user", "password")
+    if kind and not settings.get("ask_password") and not all(settings.get(key) for key in needed):
+        raise InputError(
+            f"remote: auth is {kind}, and its {needed[0]} or password is not set: dvc remote modify --local ..."
+        )
     with requests.Session() as session:
-        if kind in ("basic", "digest") and password is not None:
-            session.auth = (user or "", password) if kind == "basic" else HTTPDigestAuth(user or "", password)
-        elif kind == "custom" and password is not None:
-            session.headers[settings["custom_auth_header"]] = password
+        if kind == "basic" and password:
+            session.auth = (str(user), password)
+        elif kind == "custom" and password:
+            session.headers[str(header)] = password
         session.verify = settings.get("ssl_verify", True)
 
         def status(address: str) -> int:
             return session.head(address, timeout=_SECONDS_TO_ANSWER, allow_redirects=True).status_code
 
         answer = status(url)
-        if answer == 401 and kind and password is None:
-            return  # dvc will ask the user for it
+        if answer == 401 and settings.get("ask_password"):
+            return  # as dvc will
         if answer == 403:  # of the listing of a folder, perhaps: a file that is not there says more
             answer = status(f"{url.rstrip('/')}/files/md5/00/{30 * '0'}")
         if answer in (401, 403) or answer >= 500:

@@ -148,7 +148,8 @@ def open_detector(folder: Path, classifier: Path, runtime: RuntimeParams) -> tup
             f"{folder} was calibrated for another classifier than {classifier}, which has been trained since: run "
             "`dvc repro drift`, or name the detector of this classifier"
         )
-    return detector, Extractor(network, spec, precision.resolve(detector.spec.precision, where), where)
+    policy = precision.resolve(detector.spec.precision, where, key="drift.precision (the detector has it)")
+    return detector, Extractor(network, spec, policy, where)
 
 
 def as_json(judgement: Judgement, detector: Detector, num_images: int) -> dict[str, Any]:

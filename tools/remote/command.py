@@ -38,15 +38,15 @@ _SAVED_KEY = FOLDER / "gdrive-key.json"
 
 def setup_local(directory: Path) -> None:
     """Make a folder the remote of this clone alone."""
-    directory = directory.expanduser()  # make hands on what a shell has left as it is: DIR=~/remote
     try:
+        directory = directory.expanduser()  # make hands on what some shells leave as it is: DIR=~/remote
         directory.mkdir(parents=True, exist_ok=True)
         probe = directory / ".writable"
         probe.touch()
         probe.unlink()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~ of no user
         raise InputError(
-            f"{directory} cannot be the remote ({error.strerror}): name a folder that you may write"
+            f"{directory} cannot be the remote ({getattr(error, 'strerror', error)}): name a folder that you may write"
         ) from None
     with _config().edit("local") as config:
         config["remote"][_LOCAL] = {"url": str(directory.resolve()), "verify": "true"}
@@ -84,7 +84,7 @@ def save_key(file: Path | None) -> None:
     if file is not None:
         try:
             text, origin = file.expanduser().read_text("utf-8-sig"), str(file)
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, RuntimeError, UnicodeDecodeError) as error:
             raise InputError(f"{file} cannot be read ({error}): name the key file that the console made") from None
     else:
         text, origin = os.environ.get(VARIABLE, ""), VARIABLE

@@ -145,10 +145,10 @@ def final_reason(reasons: str) -> None:
             "made, or make it here: dvc repro"
         )
     if "unsaved files" in reasons:
-        path = _first_error(reasons).rpartition(" ")[2]
+        paths = reasons.partition("to force. ")[2].splitlines()[0]
         raise InputError(
-            f"{path} is not what DVC has of it: move it away, or `dvc checkout --force` puts DVC's in its place; then "
-            "pull again"
+            f"not what DVC has of them: {paths}; move them away, or `dvc checkout --force` puts DVC's in their place; "
+            "then pull again"
         )
     if "No space left on device" in reasons or "Errno 28" in reasons:
         raise InputError(

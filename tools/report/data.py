@@ -110,7 +110,7 @@ def read_run(source: Source) -> Run:
     ran_with = _params_of_lock(lock)
     pictures = {name: content for name, path in _PICTURES.items() if (content := source.read(path)) is not None}
     params = {name: ran_with.get(name, value) for name, value in edited.items()}
-    profiled: dict[str, Any] = parsed(_PROFILE, lambda text: dict(json.loads(text)), {})
+    profiled: dict[str, Any] = parsed(_PROFILE, json.loads, {}) if _PROFILE in metrics else {}
     of = {name: profiled[key] for key, name in _PROFILED.items() if key in profiled and name in params}
     if other := [f"{name} {value}" for name, value in of.items() if value != params[name]]:
         problems.append(

@@ -182,7 +182,7 @@ def test_altered_weights_are_refused_and_those_without_a_checksum_are_not(tmp_pa
     ],
 )
 def test_a_size_that_a_network_does_not_take_is_refused_by_key(name: str, sizes: list[int], message: str) -> None:
-    with pytest.raises(InputError, match=rf"params\.yaml: {message}.*; choose another size, or another model\.name"):
+    with pytest.raises(InputError, match=rf"params\.yaml: {message}.*; choose another size.*, or another model\.name"):
         model.check_takes(model.create(params(name=name), 3, 0), name, sizes)
 
 
