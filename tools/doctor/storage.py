@@ -104,7 +104,7 @@ def remote() -> Finding:
         except (DvcException, ImportError) as error:  # a plugin that is not installed, say
             return fail(f"the remote {name} ({masked(url)}): {_words(error)}", _NEW_URL.format(name))
     if cls.protocol == "local":
-        return _folder(name, Path(path), config["remote"][name])
+        return _folder(name, Path(path), settings)
     if cls.protocol == "gdrive":
         return _gdrive(name, url, config["remote"][name])
     if cls.protocol in ("http", "https"):
