@@ -55,6 +55,8 @@ DETECTOR = Path("models/drift")
 Status = Literal["ok", "benign", "harmful"]
 LARGEST_SHARE = 0.25  # of the threshold images that a window may have
 _MATCHED_IMAGES = 10  # of a window whose class mix has shifted, that must have their like among clean images, or all
+_PERMUTATIONS = 1000  # at a time
+_PLAINLY = 50  # permutations at or beyond the window, and times alpha, are enough to say that there is no shift
 _EXCEEDANCES = 10  # clean windows at or beyond the threshold, at least
 SMALLEST_WINDOW = 2  # images that anything can be said of
 
@@ -142,17 +144,24 @@ class Detector:
         return calibrate(evidence(self.comparison, self.threshold.values, windows, inside=True))
 
     def class_p_value(self, classes: Indices, alpha: float | None = None) -> float:
-        """p-value of the predicted class mix of a window (n,)."""
-        num_classes, size = len(self.spec.class_ids), len(classes)
-        counts: Values = np.bincount(self.threshold.classes, minlength=num_classes).astype(np.float64) + 0.5
-        rng = np.random.default_rng([self.spec.seed, size, 1])
-        clean = draw_windows(len(self.threshold), size, self.num_windows(alpha or self.spec.alpha), rng)
-        drawn = _counts(self.threshold.classes[clean], num_classes)
-        # Clean windows are compared with the rest of the images, of which there are fewer.
-        fewer = (1 / size + 1 / len(self.threshold)) / (1 / size + 1 / (len(self.threshold) - size))
-        null = np.sort(class_shift(drawn, counts - drawn) * fewer)
-        found = class_shift(_counts(classes[None], num_classes), counts[None])[0]
-        return float((1 + len(null) - np.searchsorted(null, found - 1e-9, "left")) / (1 + len(null)))
+        """p-value of the predicted class mix of a window (n,), by permutation of window and threshold images.
+
+        Exact whatever the number of classes, rare ones included. It stops early where the mix is plainly none that
+        alpha would be an alarm for (Besag and Clifford 1991).
+        """
+        alpha = alpha or self.spec.alpha
+        num_classes = len(self.spec.class_ids)
+        window = np.bincount(classes, minlength=num_classes)
+        pool = window + np.bincount(self.threshold.classes, minlength=num_classes)
+        found = class_shift(window[None], pool)[0] - 1e-9
+        rng = np.random.default_rng([self.spec.seed, len(classes), 1])
+        drawn = exceeded = 0
+        while drawn < self.num_windows(alpha) and exceeded < max(_PLAINLY, _PLAINLY * alpha * drawn):
+            number = min(_PERMUTATIONS, self.num_windows(alpha) - drawn)
+            mixes = rng.multivariate_hypergeometric(pool, len(classes), size=number, method="marginals")
+            exceeded += int((class_shift(mixes, pool) >= found).sum())
+            drawn += number
+        return (1 + exceeded) / (1 + drawn)
 
     def matched_p_value(self, window: Population, alpha: float | None = None) -> tuple[float, int] | None:
         """p-value against clean images of the window's own class mix, and the number of images compared.
@@ -307,10 +316,3 @@ def load(folder: Path = DETECTOR) -> Detector:
 def _draw(shares: Values, count: int, rng: np.random.Generator) -> Indices:
     """`count` classes, drawn by their shares (num_classes,)."""
     return rng.choice(len(shares), size=count, p=shares / shares.sum())
-
-
-def _counts(classes: Indices, num_classes: int) -> Indices:
-    """Class counts (B, num_classes) of windows (B, n) of classes."""
-    counts = np.zeros((len(classes), num_classes), dtype=np.int64)
-    np.add.at(counts, (np.arange(len(classes))[:, None], classes), 1)
-    return counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import shutil
@@ -50,7 +51,7 @@ class Window(NamedTuple):
 def find_images(places: Sequence[str]) -> list[ImageFile]:
     """Every image below folders, in archives (tar, tar.gz, zip) and packed arrays (.npy), in the order of names.
 
-    Raises InputError when a place does not exist or holds no image.
+    What several places have in common is found once. Raises InputError when a place does not exist or holds no image.
     """
     found: list[ImageFile] = []
     for place in places:
@@ -61,7 +62,24 @@ def find_images(places: Sequence[str]) -> list[ImageFile]:
         if not some:
             raise InputError(f"{place}: no images in it ({', '.join(suffix[1:] for suffix in _SUFFIXES)})")
         found += some
-    return found
+    if len(places) == 1:
+        return found
+    first: dict[str, ImageFile] = {}
+    for file in found:
+        first.setdefault(os.path.realpath(file.name), file)
+    return list(first.values())
+
+
+def distinct(images: NDArray[np.uint8]) -> tuple[NDArray[np.int64], int]:
+    """Rows of the first of equal images (N, H, W, 3), and how often the most frequent one is there."""
+    counts: dict[bytes, int] = {}
+    rows = []
+    for row, image in enumerate(images):
+        digest = hashlib.blake2b(image.tobytes()).digest()
+        if digest not in counts:
+            rows.append(row)
+        counts[digest] = counts.get(digest, 0) + 1
+    return np.array(rows, dtype=np.int64), max(counts.values(), default=0)
 
 
 def read_images(files: Iterable[ImageFile], size: int, crop_mode: CropMode, interpolation: Interpolation) -> Window:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special, stats
 
 from stages.core.features import Features
 from stages.core.measures import TESTED_GROUPS, Projection, measure, measure_groups
@@ -166,11 +166,13 @@ def class_weights(counts: Values, pool: Indices) -> Values:
     return normalised
 
 
-def class_shift(counts: Indices, expected: Values) -> Values:
-    """Likelihood-ratio statistic (G) of class counts (B, num_classes) against expected ones, of any sum: (B,)."""
-    shares = expected / expected.sum(axis=1, keepdims=True)
-    ratio = np.where(counts > 0, counts / (counts.sum(axis=1, keepdims=True) * np.maximum(shares, 1e-9)), 1.0)
-    statistic: Values = 2 * (counts * np.log(ratio)).sum(axis=1)
+def class_shift(counts: Indices, pool: Indices) -> Values:
+    """Likelihood ratio (G) of class counts (B, num_classes) against the rest of a pool (num_classes,): (B,)."""
+    rest = pool - counts
+    statistic: Values = np.zeros(len(counts))
+    for some in (counts, rest):
+        expected = some.sum(axis=1, keepdims=True) * np.maximum(pool / pool.sum(), 1e-300)
+        statistic += 2 * special.xlogy(some, some / expected).sum(axis=1)
     return statistic
 
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,7 +78,9 @@ def test_the_exit_status_reaches_the_shell(production: Path, repository: Path, t
     assert "estimated accuracy" in ended.stdout
 
 
-def test_a_corrupt_file_among_good_ones_is_left_out_by_name(production: Path, tmp_path: Path) -> None:
+def test_a_corrupt_file_among_good_ones_is_left_out_by_name(
+    production: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (production / "bad.jpg").write_bytes(truncated(encoded(Image.new("RGB", (64, 64), "red"))))
     archive = tmp_path / "all.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
@@ -87,6 +90,7 @@ def test_a_corrupt_file_among_good_ones_is_left_out_by_name(production: Path, tm
         report = json.loads((tmp_path / "r.json").read_text())
         assert report["num_images"] == 12
         assert len(report["skipped"]) == 1
+        assert "  1 left out, cannot be read: " in capsys.readouterr().out
         assert "bad.jpg" in report["skipped"][0]["path"]
         assert "cannot be" in report["skipped"][0]["reason"]
 
@@ -102,6 +106,31 @@ def test_more_images_than_can_be_tested_are_thinned(production: Path, tmp_path: 
 def test_constant_images_are_judged(production: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "grey.npy", np.full((8, 40, 30, 3), 127, dtype=np.uint8))
     assert monitor.main([str(tmp_path / "grey.npy")]) in (10, 20)
+
+
+def test_copies_count_once(
+    production: Path, repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same place twice, and the same images in another place; but not a camera that stands still."""
+
+    def judged(*places: Path) -> dict[str, Any]:
+        capsys.readouterr()
+        monitor.main([*map(str, places), "--json", str(tmp_path / "r.json"), "--html", str(tmp_path / "r.html")])
+        report: dict[str, Any] = json.loads((tmp_path / "r.json").read_text())
+        return report
+
+    once = judged(production)
+    assert once["copies"] == {"number": 0, "left_out": False}
+    assert judged(production, production / "../" / production.name, production / "000.png") == once
+    shutil.copytree(production, tmp_path / "again")
+    twice = judged(production, tmp_path / "again")
+    assert "12 copies of other images were left out" in capsys.readouterr().out
+    assert "12 copies of other images were left out" in (tmp_path / "r.html").read_text()
+    assert twice == once | {"copies": {"number": 12, "left_out": True}}
+    for number in range(8):
+        shutil.copy(production / "000.png", tmp_path / f"again/still{number}.png")
+    assert judged(tmp_path / "again")["copies"] == {"number": 8, "left_out": False}
+    assert "8 of the images are copies, many of one: does a camera stand still?" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -278,6 +307,23 @@ def test_a_file_that_is_written_anew_is_another_image_and_one_that_moves_is_not(
     (growing / "latest.png").rename(growing / "done/1.png")
     (growing / "latest.png").write_bytes(b"three")
     assert [file.read() for file in found] == [b"three"]
+
+
+def test_a_folder_that_goes_away_is_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As one on a disk that is unmounted, and comes back."""
+    growing = tmp_path / "growing"
+    write_files(growing, {"a.png": b"a"})
+    found = growing_folder(growing, idle=3.0)
+    next(found)
+    growing.rename(tmp_path / "away")
+    back = threading.Timer(1.5, lambda: write_files(growing, {"b.png": b"b"}))
+    back.start()
+    assert [file.read() for file in found] == [b"b"]
+    back.join()
+    assert capsys.readouterr().err.splitlines() == [
+        f"monitor: {growing} cannot be listed; waiting for it",
+        f"monitor: {growing} is back",
+    ]
 
 
 def test_a_file_that_was_taken_unfinished_comes_again(tmp_path: Path) -> None:

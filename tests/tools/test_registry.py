@@ -217,6 +217,10 @@ def test_a_fresh_clone_finds_the_same_bytes(
     assert revision.model_folder("v0.0.1", "models/classifier") == found
     assert files(revision.model_folder("staging", "models/classifier")) == new
     assert files(revision.model_folder("HEAD", "models/classifier")) == new
+    assert files(revision.model_folder("HEAD", "models//classifier/")) == new
+    for path in (".", "models/..", "../x", "/models"):
+        with pytest.raises(InputError, match="name a file or folder of the commit"):
+            revision.model_folder("HEAD", path)
     assert not Path("models").exists()
     assert run(Path.cwd(), "git", "status", "--porcelain").stdout == ""
     # what anyone has who has dvc, but not these tools
@@ -290,7 +294,7 @@ def test_a_model_that_is_nowhere_is_told_of_and_leaves_nothing_behind(here: Path
     with pytest.raises(InputError, match="no remote is configured: `dvc remote add"):
         registry.push()
     shutil.rmtree(here / ".dvc/cache")
-    with pytest.raises(InputError, match=r"neither in DVC's cache and no remote is configured: `python"):
+    with pytest.raises(InputError, match=r"is not in DVC's cache, and no remote is configured: `python"):
         revision.model_folder("v0.0.1", "models/classifier")
     (here / "empty").mkdir()
     run(here, "dvc", "remote", "add", "-q", "-d", "storage", str(here / "empty"))

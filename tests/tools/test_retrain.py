@@ -14,6 +14,7 @@ import sys
 import tarfile
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from tests.helpers import (
 )
 from tools.retrain import experiment, kept, labelled
 from tools.retrain.command import _ask_monitor
-from tools.retrain.judgement import Accuracies, doubt, objection
+from tools.retrain.judgement import Accuracies, doubt, no_damage, objection
 from tools.retrain.params import Params, RetrainParams
 
 LIMITS = Limits(files=10_000, total_bytes=10**9, ratio=200)
@@ -78,6 +79,23 @@ def test_a_model_is_promoted_if_it_wins_back_enough_and_loses_little(
 
 
 @pytest.mark.parametrize(
+    ("drifted", "num_held_out", "why"),
+    [
+        (0.40, 100, None),
+        (0.85, 300, None),  # 5 points, three standard errors
+        (0.90, 300, "the labelled images show no damage: .* or the alarm was false"),
+        (0.95, 300, "the labelled images show no damage"),
+        (0.896, 300, r"do not show damage: top-1 is 0\.8960 on the 300 held-out ones and 0\.9000 .* may be chance"),
+        (0.0, 1, r"may be chance \(p = 0\.10, Fisher's exact test\); label more images"),
+    ],
+)
+def test_what_may_be_chance_is_no_damage(drifted: float, num_held_out: int, why: str | None) -> None:
+    reason = no_damage(Accuracies(0.9, 0.9, drifted, drifted, 2000, num_held_out))
+    assert (reason is None) == (why is None)
+    assert why is None or re.search(why, reason or "")
+
+
+@pytest.mark.parametrize(
     ("status", "high", "refused"),
     [("harmful", 0.84, True), ("harmful", 0.86, False), ("benign", 0.84, False), ("ok", 0.84, False)],
 )
@@ -97,10 +115,12 @@ def open_labelled(path: Path, tmp_path: Path, held_out: float = 0.3) -> labelled
 
 
 def flat(count: int = 40) -> dict[str, bytes]:
-    return {f"{name}/{i}.jpg": encoded(picture(i)) for name in ("cat", "dog") for i in range(count)}
+    return {
+        f"{name}/{i}.jpg": encoded(picture(100 * k + i)) for k, name in enumerate(("cat", "dog")) for i in range(count)
+    }
 
 
-def test_images_by_class_are_split_by_a_hash_of_their_names(tmp_path: Path) -> None:
+def test_images_by_class_are_split_by_a_hash_of_their_content(tmp_path: Path) -> None:
     images = open_labelled(write_files(tmp_path / "labels", flat()), tmp_path)
     held_out = {image[1:3] for image in images.images if image.split == "val"}
     assert 14 <= len(held_out) <= 34  # 24 of 80 expected
@@ -113,6 +133,10 @@ def test_images_by_class_are_split_by_a_hash_of_their_names(tmp_path: Path) -> N
     kept = {(name.split("/")[1], name.split("/")[2]) for name in some}
     assert {image[1:3] for image in again.images if image.split == "val"} == held_out & kept
     assert again.key != images.key
+    # copies under other names are on the side of the first
+    copies = {name.replace("/", "/copy-"): content for name, content in flat().items()}
+    more = open_labelled(write_files(tmp_path / "copies", copies), tmp_path)
+    assert {(c, name.removeprefix("copy-")) for split, c, name, *_ in more.images if split == "val"} == held_out
 
 
 def test_images_that_are_split_already_are_taken_as_they_are(tmp_path: Path) -> None:
@@ -157,7 +181,17 @@ def test_the_archive_is_named_by_its_content_and_keeps_earlier_images(tmp_path: 
         both = labelled.write_archive(first, earlier, tmp_path / "cache")
     assert one.path.name == f"labelled-{one.sha256[:16]}.tar"
     assert members(both.path) == members(one.path) | {"val/dog/01234567-0.jpg": b"earlier"}
-    assert {Path(name).name[:9] for name in members(one.path)} == {f"{first.key}-"}
+    for name, content in members(one.path).items():
+        assert Path(name).name.startswith(f"{hashlib.sha256(content).hexdigest()[:8]}-")
+    # a folder that has grown, beside what an earlier retraining has added of it: everything once
+    files = flat() | {"cat/new.jpg": encoded(picture(999))}
+    present = [
+        labelled.LabelledImage(split, class_name, name, partial(bytes, content))
+        for (split, class_name, name), content in ((key.split("/"), c) for key, c in members(one.path).items())
+    ]
+    with labelled.open_folder(write_files(tmp_path / "b", files), LIMITS, tmp_path, ["cat", "dog"], 0.3) as grown:
+        more = labelled.write_archive(grown, present, tmp_path / "grown")
+    assert len(members(more.path)) == len(files) == len(members(one.path)) + 1
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == sorted([one.path.name, both.path.name])
 
 

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from stages.core.features import Extractor
 
 EXIT_STATUS = {"ok": 0, "benign": 10, "harmful": 20}
+# Copies of an image say nothing new, and would count as if they did: clean windows have none. But where one image is
+# more than this share of all, a camera stands still or sends black frames, and that is what production sees.
+_ONE_PICTURE = 0.25
 _OF_REPORT = ("json", "html", "top")
 _OF_STREAM = ("window", "run_length", "idle")
 _WORDS = {
@@ -58,7 +61,7 @@ def _judge(options: argparse.Namespace, runtime: RuntimeParams) -> int:
     """One verdict over all images."""
     from stages.core.detector import SMALLEST_WINDOW
     from stages.core.output import json_text
-    from stages.core.production import find_images, printable, read_images
+    from stages.core.production import distinct, find_images, printable, read_images
 
     files = find_images(options.images)
     detector, extractor = open_detector(options.detector, options.classifier, runtime)
@@ -70,6 +73,10 @@ def _judge(options: argparse.Namespace, runtime: RuntimeParams) -> int:
             f"{' '.join(options.images)}: {len(window.images)} readable image{'s' * (len(window.images) != 1)}; "
             f"nothing can be said of fewer than {SMALLEST_WINDOW}{reasons}"
         )
+    rows, most = distinct(window.images)
+    num_copies = len(window.images) - len(rows)
+    if leaves_out := num_copies > 0 and most <= _ONE_PICTURE * len(window.images):
+        window = window._replace(images=window.images[rows], names=[window.names[row] for row in rows])
     features = extractor.features(window.images)
     judgement = detector.judge(features, extractor.adapted_to_all(window.images))
     population = detector.population(features)
@@ -77,6 +84,7 @@ def _judge(options: argparse.Namespace, runtime: RuntimeParams) -> int:
     top = 12 if options.top is None else options.top
     strangest = oddness.argsort(kind="stable")[::-1][:top]
     report = as_json(judgement, detector, len(window.images)) | {
+        "copies": {"number": num_copies, "left_out": leaves_out},
         "images": [
             {
                 "path": window.names[row],
@@ -118,7 +126,7 @@ def _watch(options: argparse.Namespace, runtime: RuntimeParams) -> int:
             shift = ", label shift" if judgement.class_shift else ""
             print(
                 f"window {number}, {printable(names[0])} to {printable(names[-1])}: {judgement.status} "
-                f"(p = {judgement.p_value:.4f}{shift}), "
+                f"(p = {_p_value(judgement.p_value)}{shift}), "
                 f"estimated accuracy {judgement.accuracy:.3f} ({judgement.low:.3f} to {judgement.high:.3f})",
                 flush=True,
             )
@@ -178,11 +186,23 @@ def as_json(judgement: Judgement, detector: Detector, num_images: int) -> dict[s
     }
 
 
+def _p_value(p_value: float) -> str:
+    return f"{p_value:.4f}" if p_value >= 1e-4 else f"{p_value:.1g}"
+
+
 def what_shift_means(report: dict[str, Any]) -> str:
     """What a label shift beside image drift may be."""
     if report["label_shift"]["accounted_for"]:
         return "which the drift may have caused"
     return "and may be all of the drift: there are too few clean images of these classes to compare with"
+
+
+def what_copies_mean(report: dict[str, Any]) -> str:
+    """What became of images that are copies of others."""
+    number = report["copies"]["number"]
+    if report["copies"]["left_out"]:
+        return f"{number} copies of other images were left out"
+    return f"{number} of the images are copies, many of one: does a camera stand still? They count, so p is too small"
 
 
 def in_words(report: dict[str, Any]) -> str:
@@ -192,19 +212,22 @@ def in_words(report: dict[str, Any]) -> str:
     low, high = report["interval"]
     lines = [
         f"monitor: {report['status']}: {_WORDS[report['status']]} in {report['num_images']} images "
-        f"(p = {report['p_value']:.4f}, alpha {report['alpha']:g})",
+        f"(p = {_p_value(report['p_value'])}, alpha {report['alpha']:g})",
         f"  estimated accuracy {report['estimated_accuracy']:.3f} (95 %: {low:.3f} to {high:.3f}), "
         f"{report['clean_accuracy']:.3f} on clean images; a drop of more than {report['max_drop']:g} is harm",
     ]
     shift = report["label_shift"]
     if shift["detected"]:
         why = "" if report["status"] == "ok" else f", {what_shift_means(report)}"
-        lines.append(f"  label shift: the mix of predicted classes changed (p = {shift['p_value']:.4f}){why}")
+        lines.append(f"  label shift: the mix of predicted classes changed (p = {_p_value(shift['p_value'])}){why}")
     if report["num_tested"] < report["num_images"]:
         lines.append(f"  {report['num_tested']} of the images were compared")
-    if report["skipped"]:
-        left_out = ", ".join(printable(each["path"]) for each in report["skipped"][:5])
-        lines.append(f"  left out, cannot be read: {left_out}")
+    if report["copies"]["number"]:
+        lines.append(f"  {what_copies_mean(report)}")
+    if skipped := report["skipped"]:
+        left_out = ", ".join(printable(each["path"]) for each in skipped[:5])
+        more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
+        lines.append(f"  {len(skipped)} left out, cannot be read: {left_out}{more}")
     if report["status"] != "ok":
         moved = [f"{row['measure']} {row['shift']:+.1f}" for row in report["moved"][:5]]
         lines.append(f"  moved most (in standard deviations): {', '.join(moved)}")

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tools.monitor.command import what_shift_means
+from tools.monitor.command import what_copies_mean, what_shift_means
 
 _COLOURS = {"ok": "#1a7f37", "benign": "#9a6700", "harmful": "#cf222e"}
 _STYLE = """
@@ -32,12 +32,21 @@ figcaption { font-size: .75rem; overflow-wrap: anywhere; color: #59636e }
 """
 
 
+def _images(report: dict[str, Any]) -> str:
+    parts = [f"{report['num_images']}, of which {report['num_tested']} were compared with clean ones"]
+    if report["copies"]["number"]:
+        parts.append(what_copies_mean(report))
+    if report["skipped"]:
+        parts.append(f"{len(report['skipped'])} cannot be read")
+    return "; ".join(parts)
+
+
 def page(report: dict[str, Any], pictures: Sequence[NDArray[np.uint8]]) -> str:
     """The page; `pictures` (H, W, 3) belong to report["images"], in their order."""
     status = report["status"]
     low, high = report["interval"]
     rows = [
-        ("images", f"{report['num_images']}, of which {report['num_tested']} were compared with clean ones"),
+        ("images", _images(report)),
         ("p-value", f"{report['p_value']:.4f} (alarm at {report['alpha']:g} or below)"),
         ("estimated accuracy", f"{report['estimated_accuracy']:.1%} (95 %: {low:.1%} to {high:.1%})"),
         ("on clean images", f"{report['clean_accuracy']:.1%}; harm is a drop of more than {report['max_drop']:.1%}"),

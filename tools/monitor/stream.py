@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from stages.core.detector import Detector, Judgement
 from stages.core.errors import InputError
 from stages.core.features import Extractor
-from stages.core.production import ImageFile, is_image_name, lines_of_stdin, printable, read_images
+from stages.core.production import ImageFile, distinct, is_image_name, lines_of_stdin, printable, read_images
 
 _POLL_SECONDS = 0.5
 _SETTLED_SECONDS = 0.5  # a file that was written to later may be unfinished
@@ -78,6 +78,9 @@ def judge_stream(
             continue
         number += 1
         pixels = np.stack(images)
+        if num_copies := window - len(distinct(pixels)[0]):
+            what = f"{num_copies} of {window} images are copies of others, so its p-value is too small"
+            print(f"monitor: window {number}: {what}", file=sys.stderr)
         features = extractor.features(pixels)
         adapted = extractor.adapted_logits(pixels, window)
         yield Judged(number, names, detector.judge(features, adapted, alpha, calibration))
@@ -114,8 +117,12 @@ def growing_folder(folder: Path, idle: float | None) -> Iterator[ImageFile]:
                 seen.pop(name, None)
             raise
 
+    is_there = True
     while True:
         now = time.monotonic()
+        if is_there != _can_be_listed(folder):
+            is_there = not is_there
+            print(f"monitor: {folder} {'is back' if is_there else 'cannot be listed; waiting for it'}", file=sys.stderr)
         fresh = []
         before, growing = growing, {}
         for file in _image_files(folder):
@@ -162,6 +169,14 @@ class _File(NamedTuple):
     def names(self) -> tuple[tuple[object, ...], ...]:
         """What it is known again by, each alone."""
         return (self.path, self.version), (self.inode, self.version)
+
+
+def _can_be_listed(folder: Path) -> bool:
+    try:
+        os.scandir(folder).close()
+    except OSError:
+        return False
+    return True
 
 
 def _image_files(folder: Path) -> Iterator[_File]:

@@ -30,6 +30,9 @@ def model_folder(name: str, path: str = "models/onnx") -> Path:
     """
     if not Path(".git").exists():
         raise InputError(f"no git repository here to find the model {name!r} in; run this from the root of one")
+    path = os.path.normpath(path)
+    if path in (".", "..") or path.startswith(("../", "/")):
+        raise InputError(f"--path: {path}: name a file or folder of the commit, such as models/onnx")
     commit = resolve(name)
     # One level: a path inside of an output is not taken for the output.
     folder = CACHE / commit / path.removeprefix("models/").strip("/").replace("/", "+")
@@ -70,9 +73,11 @@ def fetch(commit: str, paths: list[str], folder: Path, called: str | None = None
                 raise  # a full disk, say: nothing is missing
             if not any(path == output or path.startswith(f"{output}/") for output in _outputs(commit)):
                 raise InputError(_has_no(called, path, commit)) from None  # in its dvc.yaml, but never made
-            where = f"nor on the remote {remote}" if remote else "and no remote is configured"
+            where = f"neither in DVC's cache nor on the remote {remote}"
+            if not remote:
+                where = "not in DVC's cache, and no remote is configured"
             raise InputError(
-                f"{path} of {called} is neither in DVC's cache {where}: `python -m tools.registry push` where it was "
+                f"{path} of {called} is {where}: `python -m tools.registry push` where it was "
                 f"made, or `dvc push` of an experiment, then again ({str(error) or type(error).__name__})"
             ) from error
         for name, info in found.items():

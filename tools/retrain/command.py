@@ -22,6 +22,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,7 +81,7 @@ def _retrain(
     scratch: Path,
 ) -> dict[str, Any]:
     """Run the experiment, judge its model, promote it or leave everything as it was. Returns the whole summary."""
-    from tools.retrain.judgement import Accuracies, Trial, doubt, objection
+    from tools.retrain.judgement import Accuracies, Trial, doubt, no_damage, objection
 
     num_train, num_held_out = images.count("train"), images.count("val")
     summary["labelled"] = {
@@ -88,13 +89,10 @@ def _retrain(
     }  # fmt: skip
     trial = Trial(images, params)
     clean, drifted = trial.top1(Path(CLASSIFIER))
-    if drifted >= clean:
-        no_damage = (
-            f"the labelled images show no damage: top-1 is {drifted:.4f} on the {num_held_out:,} held-out ones and "
-            f"{clean:.4f} on clean images; they are not what production sees, or the alarm was false"
-        )
+    now = Accuracies(clean, clean, drifted, drifted, len(trial.clean.labels), len(trial.drifted.labels))
+    if reason := no_damage(now):
         before = {"clean_before": clean, "drifted_before": drifted}
-        return summary | {"decision": "not promoted", "reason": no_damage, "accuracy": before}
+        return summary | {"decision": "not promoted", "reason": reason, "accuracy": before}
     overrides, needed = _overrides(summary["start"], params, images, head)
     name = experiment.experiment_name(head, overrides)
     print(
@@ -116,7 +114,7 @@ def _retrain(
         return summary | {"decision": "failed", "reason": str(error)}
 
     clean_after, drifted_after = trial.top1(new / CLASSIFIER)
-    found = Accuracies(clean, clean_after, drifted, drifted_after, len(trial.clean.labels), len(trial.drifted.labels))
+    found = replace(now, clean_after=clean_after, drifted_after=drifted_after)
     summary |= {
         "experiment_commit": commit,
         "accuracy": vars(found),

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 
 from stages.core import device, inference, model, precision
 from stages.core.dataset import Split, check_images, load_file_names, load_meta, load_split
@@ -18,6 +19,7 @@ from stages.core.source import is_extra
 from tools.retrain.labelled import LabelledSet
 from tools.retrain.params import Params, RetrainParams
 
+_CHANCE = 0.05  # that held-out images are read so much worse, where drift does no harm: above it nothing is proved
 _ROUNDING = 1e-9  # 0.90 - 0.88 is more than 0.02 in floating point
 
 
@@ -83,6 +85,28 @@ class Trial:
             predicted = inference.predict(network, batches, policy).argmax(dim=1)
             found.append((predicted == torch.from_numpy(split.labels)).double().mean().item())
         return found[0], found[1]
+
+
+def no_damage(found: Accuracies) -> str | None:
+    """Why the held-out images do not show that drift does harm, so that nothing can be proved with them; or None."""
+    drifted, clean = (
+        f"{found.drifted_before:.4f} on the {found.num_drifted:,} held-out ones",
+        f"{found.clean_before:.4f}",
+    )
+    if found.lost <= 0:
+        return (
+            f"the labelled images show no damage: top-1 is {drifted} and {clean} on clean images; they are not what "
+            "production sees, or the alarm was false"
+        )
+    right = (round(found.drifted_before * found.num_drifted), round(found.clean_before * found.num_clean))
+    wrong = (found.num_drifted - right[0], found.num_clean - right[1])
+    chance = float(stats.fisher_exact([[right[0], wrong[0]], [right[1], wrong[1]]], alternative="less").pvalue)
+    if chance > _CHANCE:
+        return (
+            f"the labelled images do not show damage: top-1 is {drifted} and {clean} on clean images, which may be "
+            f"chance (p = {chance:.2f}, Fisher's exact test); label more images"
+        )
+    return None
 
 
 def doubt(confirmation: dict[str, Any]) -> str | None:

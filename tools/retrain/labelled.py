@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stages.core.archive import LabelledFile, Limits, open_labelled
+from stages.core.archive import Limits, open_labelled
 from stages.core.corruptions import corrupt
 from stages.core.dataset import check_images, load_file_names, load_meta, load_split
 from stages.core.download import file_hash
@@ -39,6 +39,7 @@ class LabelledImage(NamedTuple):
     class_name: str
     file_name: str
     read: Callable[[], bytes]
+    key: str = ""  # 8 hex digits that keep its name apart in the archive: of its content, or of how it was simulated
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class LabelledSet:
     """Images of one origin."""
 
     origin: str  # what the user named
-    key: str  # 8 hex digits of the content: its images are <key>-<name> in the archive
+    key: str  # 8 hex digits of all its content
     images: list[LabelledImage]
 
     def count(self, split: str) -> int:
@@ -68,22 +69,21 @@ def open_folder(
 ) -> Iterator[LabelledSet]:
     """Labelled images of a folder or archive: `train/<class>/*`, `val/<class>/*` as they are, `<class>/*` split here.
 
-    Which side an image is on depends on its class and name only. Raises InputError for what `data.extra` refuses, and
-    when a side has no image.
+    Which side an image is on depends on its content only, so that copies are on the same. Raises InputError for what
+    `data.extra` refuses, and when a side has no image.
     """
     if not path.exists():
         raise InputError(f"--labels: {path}: no such file or folder")
     with open_labelled(path, limits, scratch, classes) as files:
-        images = [
-            LabelledImage(_side(file, held_out) if split == "all" else split, *file[:2], file.member.read)
-            for split, some in files.items()
-            for file in some
-        ]
+        images: list[LabelledImage] = []
         digest = hashlib.sha256()
-        for image in images:
-            name, content = f"{image.split}/{image.class_name}/{image.file_name}", image.read()
-            check_is_image(content, f"{path}: {name.removeprefix('' if 'all' not in files else f'{image.split}/')}")
-            digest.update(f"{name}\0".encode() + hashlib.sha256(content).digest())
+        for given, file in ((given, file) for given, some in files.items() for file in some):
+            name, content = f"{file.class_name}/{file.file_name}", file.member.read()
+            check_is_image(content, f"{path}: {name if given == 'all' else f'{given}/{name}'}")
+            own = hashlib.sha256(content)
+            split = _side(own.hexdigest(), held_out) if given == "all" else given
+            images.append(LabelledImage(split, *file[:2], file.member.read, own.hexdigest()[:8]))
+            digest.update(f"{split}/{name}\0".encode() + own.digest())
         labelled = LabelledSet(str(path), digest.hexdigest()[:8], images)
         for split, purpose in zip(SPLITS, ("train on", "hold out"), strict=True):
             if not labelled.count(split):
@@ -94,6 +94,7 @@ def open_folder(
 def simulate(kind: str, severity: int, share: float) -> LabelledSet:
     """The packed training images (`share` of them) and validation images, corrupted; those of `data.extra` left out."""
     meta = load_meta()
+    key = hashlib.sha256(f"{kind} {severity} {share} {meta.sha256}".encode()).hexdigest()[:8]
     images: list[LabelledImage] = []
     for split in SPLITS:
         packed = load_split(split, meta)
@@ -107,10 +108,10 @@ def simulate(kind: str, severity: int, share: float) -> LabelledSet:
                 meta.class_ids[packed.labels[i]],
                 f"{i:07d}.png",
                 _corrupted(packed.images, i, split, kind, severity),
+                key,
             )
             for i in rows.tolist()
         ]
-    key = hashlib.sha256(f"{kind} {severity} {share} {meta.sha256}".encode()).hexdigest()[:8]
     labelled = LabelledSet(f"{kind}:{severity}", key, images)
     if not labelled.count("train"):
         raise InputError(f"params.yaml: retrain.simulated_share: {share} leaves no training image")
@@ -142,8 +143,11 @@ def current_extra() -> list[LabelledImage]:
 
 
 def write_archive(labelled: LabelledSet, present: list[LabelledImage], folder: Path) -> Archive:
-    """Write `folder/labelled-<hash>.tar`, whole or not at all; the same images give the same bytes and name."""
-    new = [image._replace(file_name=f"{labelled.key}-{image.file_name}") for image in labelled.images]
+    """Write `folder/labelled-<hash>.tar`, whole or not at all; the same images give the same bytes and name.
+
+    An image that an earlier retraining has added already is in it once.
+    """
+    new = [image._replace(file_name=f"{image.key}-{image.file_name}") for image in labelled.images]
     by_name = {image[:3]: image for image in [*present, *new]}
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".labelled.tar.new"
@@ -166,9 +170,8 @@ def write_archive(labelled: LabelledSet, present: list[LabelledImage], folder: P
     return Archive(path, sha256)
 
 
-def _side(file: LabelledFile, held_out: float) -> str:
-    number = int(hashlib.sha256(f"{file.class_name}/{file.file_name}".encode()).hexdigest()[:8], 16)
-    return "val" if number < held_out * 2**32 else "train"
+def _side(digest: str, held_out: float) -> str:
+    return "val" if int(digest[:8], 16) < held_out * 2**32 else "train"
 
 
 def _range_reader(path: Path, offset: int, size: int) -> Callable[[], bytes]:

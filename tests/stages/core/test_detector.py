@@ -21,7 +21,7 @@ from stages.core.errors import InputError
 from stages.core.features import Features
 from stages.core.image_statistics import STATISTICS
 from stages.core.measures import OUTPUTS, fit_projection
-from stages.core.two_sample import population_of
+from stages.core.two_sample import Population, population_of
 from tests.synthetic import CENTRES, NUM_CLASSES, classes_of, detector, features
 
 
@@ -190,6 +190,25 @@ def test_the_class_mix_of_the_largest_clean_windows_is_no_shift() -> None:
         fresh = judge.population(features(2000, 800 + seed)).classes
         alarms += [judge.class_p_value(window) <= 0.05 for window in fresh.reshape(20, 100)]
     assert np.mean(alarms) <= stats.binom.ppf(0.9995, 200, 0.05) / 200
+
+
+@pytest.mark.parametrize("num_classes", [10, 200, 1000])
+def test_the_class_mix_of_many_classes_is_no_shift(num_classes: int, calm: Detector) -> None:
+    """Of more classes than images, too, and of rare ones: 200 windows at 5 %."""
+    rng = np.random.default_rng(num_classes)
+    shares = 1 / np.arange(1, num_classes + 1)
+    spec = calm.spec.model_copy(update={"class_ids": [str(i) for i in range(num_classes)], "null_windows": 199})
+
+    def draw(number: int, shares: NDArray[np.float64]) -> NDArray[np.int64]:
+        return rng.choice(num_classes, number, p=shares / shares.sum())
+
+    def judge_of(number: int) -> Detector:
+        population = Population(np.zeros((number, 1), dtype=np.float32), draw(number, shares))
+        return detectors.Detector(spec, calm.projection, population, population.classes, calm.comparison)
+
+    alarms = [judge_of(637).class_p_value(draw(159, shares), 0.05) <= 0.05 for _ in range(200)]
+    assert np.mean(alarms) <= stats.binom.ppf(0.9995, 200, 0.05) / 200
+    assert judge_of(637).class_p_value(draw(159, shares[::-1]), 0.001) <= 0.001, "a mix that is another"
 
 
 def test_a_given_calibration_and_alpha_are_used(calm: Detector) -> None:

@@ -245,7 +245,7 @@ def test_nothing_readable_is_an_empty_window(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("nothing", None, "no such file or folder"),
-        ("empty", {}, r"no images in it \(jpg, jpeg, png"),
+        ("empty", {}, r"no images in it \(jpg, jpeg, jpe, jfif, png"),
         ("litter", LITTER, "no images in it"),
         ("empty.zip", zipped({}), "no images in it"),
         ("words.zip", zipped({"a.txt": b"words"}), "no images in it"),
