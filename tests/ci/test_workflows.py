@@ -270,8 +270,8 @@ def test_a_retraining_runs_on_the_batch(make_runner: Callable[[], Runner], repos
     runner.execute(step("train", "Pull data and models"), GDRIVE_CREDENTIALS_DATA="")
     clean = np.load(repository / "data/processed/val_images.npy")
     write_batch(tmp_path / "batches/monday", clean)
-    for name in json.loads((repository / "data/processed/meta.json").read_text())["class_ids"]:
-        write_batch(tmp_path / "labels/monday" / name, clean[:4])
+    for number, name in enumerate(json.loads((repository / "data/processed/meta.json").read_text())["class_ids"]):
+        write_batch(tmp_path / "labels/monday" / name, clean[4 * number : 4 * number + 4])
     inputs = {"BATCH": "monday", "BATCHES": str(tmp_path / "batches"), "LABELS": str(tmp_path / "labels")}
     result = runner.execute(step("train", "Train"), **inputs, NAME="", OVERRIDES="", RECIPE="")
     assert "nothing to do: no drift" in result.stdout

@@ -508,7 +508,8 @@ def test_remotes_on_servers(small: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with http_server(404, of_folder=403) as url:  # which does not list folders
         set_url(url)
         finds(storage.remote(), "ok", f"web: {url} answers")
-    with http_server(404, password="secret") as url:
+    word = "open-sesame"
+    with http_server(404, password=word) as url:
         set_url(url)
         finds(storage.remote(), "FAIL", "the server answers with status 401", "dvc remote modify web url")
         type_in("dvc remote modify --local web auth basic")
@@ -520,13 +521,13 @@ def test_remotes_on_servers(small: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         type_in("dvc remote modify --local web user me")
         type_in("dvc remote modify --local web password wrong")
         finds(storage.remote(), "FAIL", "the server answers with status 401")
-        type_in("dvc remote modify --local web password secret")
+        type_in(f"dvc remote modify --local web password {word}")
         finds(storage.remote(), "ok", f"web: {url} answers")
     (small / ".dvc/config.local").unlink()
-    set_url(f"http://me:secret@127.0.0.1:{closed_port()}/")
+    set_url(f"http://me:{word}@127.0.0.1:{closed_port()}/")
     found = storage.remote()
     finds(found, "FAIL", "(http://***@127.0.0.1:")
-    assert "secret" not in str(found)
+    assert word not in str(found)
     set_url(f"http://127.0.0.1:{closed_port()}/")
     finds(storage.remote(), "FAIL", "cannot be reached: ", "dvc remote modify web url")
     with bad_server("hang") as url:
