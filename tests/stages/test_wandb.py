@@ -308,7 +308,7 @@ def test_a_signal_ends_a_mirrored_run_in_time(mode: str, ready: Path) -> None:
 
 def test_a_process_that_hangs_is_ended_and_leaves_nothing(ready: Path, capfd: pytest.CaptureFixture[str]) -> None:
     params = load_params(train.Params)
-    wandb = params.wandb.model_copy(update={"mode": "offline", "timeout": 2})
+    wandb = params.wandb.model_copy(update={"mode": "offline", "timeout": 3})
     with open_mirror("train", wandb, ready / "cache", params):
         wait_until(lambda: _is_written(ready / "cache"))
         (process,) = (one for one in psutil.Process().children() if "mirror_process" in " ".join(one.cmdline()))
