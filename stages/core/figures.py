@@ -21,17 +21,20 @@ from numpy.typing import NDArray
 _DPI = 110
 _OWN_FONT = "DejaVu Sans"  # Matplotlib's, which comes with it
 _LONGEST_LABEL = 20  # characters of a class's name in a picture
-_FONTS_OF_OTHER_SCRIPTS = (  # the common ones of Linux, macOS and Windows, for what Matplotlib's own font lacks
-    *("Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "Noto Sans Devanagari", "Noto Sans Thai"),
-    *(
-        "Arial Unicode MS",
-        "Hiragino Sans",
-        "PingFang SC",
-        "Yu Gothic",
-        "Microsoft YaHei",
-        "Malgun Gothic",
-        "Nirmala UI",
-    ),
+# The common ones of Linux, macOS and Windows, for what Matplotlib's own font lacks.
+_FONTS_OF_OTHER_SCRIPTS = (
+    "Noto Sans CJK JP",
+    "Noto Sans CJK SC",
+    "WenQuanYi Zen Hei",
+    "Noto Sans Devanagari",
+    "Noto Sans Thai",
+    "Arial Unicode MS",
+    "Hiragino Sans",
+    "PingFang SC",
+    "Yu Gothic",
+    "Microsoft YaHei",
+    "Malgun Gothic",
+    "Nirmala UI",
 )
 
 
