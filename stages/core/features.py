@@ -80,11 +80,14 @@ class Extractor:
         return list(head) if isinstance(head, nn.ModuleList) else [head]
 
     @torch.inference_mode()
-    def adapted_logits(self, images: NDArray[np.uint8], group: int) -> NDArray[np.float32] | None:
+    def adapted_logits(
+        self, images: NDArray[np.uint8], group: int, order: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32] | None:
         """Logits (N, num_classes) of the model with its batch norms adapted to each `group` of images in turn.
 
         Their statistics are those of the group, with the training set's as a prior (Schneider et al. 2020, "Improving
         robustness against common corruptions by covariate shift adaptation"). None of a model without batch norms.
+        With an `order`, indices (N,), the images are taken in that, and the logits come in it.
         """
         modules = (module for module in self.network.modules() if isinstance(module, _BatchNorm))
         norms = [module for module in modules if module.running_mean is not None]
@@ -93,7 +96,8 @@ class Extractor:
         logits = []
         group = min(group, LARGEST_GROUP)
         for start in range(0, len(images), group):
-            some = images[start : start + group]
+            rows = slice(start, start + group)
+            some = images[rows] if order is None else images[order[rows]]
             with _adapted(norms, len(some)):
                 logits.append(self._logits(some))
         return torch.cat(logits).numpy()
@@ -104,7 +108,7 @@ class Extractor:
         A folder lists its images class by class. Batch norms that are adapted to one class alone misjudge it.
         """
         order = np.argsort([zlib.crc32(image.tobytes()) for image in images], kind="stable")
-        mixed = self.adapted_logits(images[order], len(images))
+        mixed = self.adapted_logits(images, len(images), order)
         if mixed is None:
             return None
         logits = np.empty_like(mixed)

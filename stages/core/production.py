@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import shutil
 import sys
@@ -11,7 +12,7 @@ import tarfile
 import tempfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
@@ -82,19 +83,37 @@ def distinct(images: NDArray[np.uint8]) -> tuple[NDArray[np.int64], int]:
     return np.array(rows, dtype=np.int64), max(counts.values(), default=0)
 
 
-def read_images(files: Iterable[ImageFile], size: int, crop_mode: CropMode, interpolation: Interpolation) -> Window:
-    """Decode images to squares of `size` as preprocess does; what cannot be read is listed and left out."""
-    images, names, skipped = [], [], []
+def read_images(files: Sequence[ImageFile], size: int, crop_mode: CropMode, interpolation: Interpolation) -> Window:
+    """Decode images to squares of `size` as preprocess does; what cannot be read is listed and left out.
+
+    Raises InputError where memory cannot hold them.
+    """
+    shape = (len(files), size, size, 3)
+    try:
+        pixels = np.empty(shape, dtype=np.uint8)  # pages that are never written to take no memory
+    except MemoryError:
+        gigabytes = math.prod(shape) / 1e9
+        raise InputError(
+            f"{len(files):,} images of {size} px are {gigabytes:,.0f} GB, more than memory holds; give fewer at once"
+        ) from None
+    names: list[str] = []
+    skipped: list[tuple[str, str]] = []
     for file in files:
         name = os.fsencode(file.name).decode("utf-8", "replace")  # a file may have any bytes as its name
         try:
-            images.append(decode(file.read(), name, size, crop_mode, interpolation))
+            pixels[len(names)] = decode(file.read(), name, size, crop_mode, interpolation)
         except (InputError, OSError) as error:
             skipped.append((name, str(error).removeprefix(f"{name}: ")))
         else:
             names.append(name)
-    pixels = np.stack(images) if images else np.zeros((0, size, size, 3), dtype=np.uint8)
-    return Window(pixels, names, skipped)
+    return Window(pixels[: len(names)], names, skipped)
+
+
+def keep_rows(window: Window, rows: NDArray[np.int64]) -> Window:
+    """Some images of a window, by ascending rows. They are moved to its front, as there may be no room for a copy."""
+    for place, row in enumerate(rows):
+        window.images[place] = window.images[row]
+    return window._replace(images=window.images[: len(rows)], names=[window.names[row] for row in rows])
 
 
 def is_image_name(name: str) -> bool:

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -333,6 +334,28 @@ def test_the_monitor_says_why_it_has_no_verdict_and_the_predictions_stand(
     with pytest.raises(InputError, match=r"--monitor: no verdict: these images: 1 readable image; nothing can be said"):
         predict.main([image, "--monitor"])
     assert len(rows(capsys.readouterr().out)) == 1
+
+
+def test_a_temporary_folder_that_is_full_leaves_the_predictions_as_they_are(here: Path, tmp_path: Path) -> None:
+    command = "ulimit -f 8; exec python -m tools.predict data/processed/val_images.npy --monitor"  # files of 8 KiB
+    said = run(here, "bash", "-c", command, check=False, environment={"TMPDIR": str(tmp_path)})
+    assert said.returncode == 2
+    assert len(rows(said.stdout)) == 60
+    assert said.stderr.splitlines()[-1] == (
+        f"predict: error: --monitor: no verdict: {tmp_path}: File too large; free some space there, or set TMPDIR to "
+        "another place; the predictions are not affected"
+    )
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("predict-")]
+
+
+def test_no_place_for_temporary_files_is_said_before_anything_is_predicted(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    with pytest.raises(InputError, match=r"--monitor: no place for temporary files: No such file.*; set TMPDIR to one"):
+        predict.main(["data/processed/val_images.npy", "--monitor"])
+    assert not capsys.readouterr().out
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def _judge(options: argparse.Namespace, runtime: RuntimeParams) -> int:
     """One verdict over all images."""
     from stages.core.detector import SMALLEST_WINDOW
     from stages.core.output import json_text
-    from stages.core.production import distinct, find_images, printable, read_images
+    from stages.core.production import distinct, find_images, keep_rows, printable, read_images
 
     files = find_images(options.images)
     detector, extractor = open_detector(options.detector, options.classifier, runtime)
@@ -76,7 +76,7 @@ def _judge(options: argparse.Namespace, runtime: RuntimeParams) -> int:
     rows, most = distinct(window.images)
     num_copies = len(window.images) - len(rows)
     if leaves_out := num_copies > 0 and most <= _ONE_PICTURE * len(window.images):
-        window = window._replace(images=window.images[rows], names=[window.names[row] for row in rows])
+        window = keep_rows(window, rows)
     features = extractor.features(window.images)
     judgement = detector.judge(features, extractor.adapted_to_all(window.images))
     population = detector.population(features)

@@ -67,21 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.top > len(model.spec.classes):
         raise InputError(f"--top: {options.top} is more than the {len(model.spec.classes)} classes of {folder}")
     left_out = _LeftOut()
-    windows: list[Window] = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; a filter of each thread's own would be lost
-        predictions = _predict(model, options, left_out, windows.append if options.monitor else None)
-        first = next(predictions, None)
-        if first is None:
-            reasons = "for the reasons above" if left_out.count else "standard input named none"
-            raise InputError(f"no image was predicted, {reasons}")
-        _write(FORMATS[_format(options)](_chain(first, predictions)), options.output)
-    status = int(left_out.count > 0)
-    if options.monitor:
-        from tools.predict.monitor import judge
+    if not options.monitor:
+        _run(model, options, left_out, None)
+        return int(left_out.count > 0)
+    from tools.predict.monitor import Monitored
 
-        status = judge(windows, folder, options.model) or status
-    return status
+    with Monitored(model.spec.image_size) as monitored:
+        _run(model, options, left_out, monitored.add)
+        return monitored.judge(folder, options.model) or int(left_out.count > 0)
 
 
 def find_model(name: str) -> Path:
@@ -150,6 +143,20 @@ def _predict(
             keep(window)
         for name, shares in zip(window.names, model.probabilities(window.images), strict=True):
             yield Prediction(name, _best(shares, spec.classes, options.top))
+
+
+def _run(
+    model: onnx_model.OnnxModel, options: argparse.Namespace, left_out: _LeftOut, keep: Callable[[Window], None] | None
+) -> None:
+    """Predict and write all; InputError where there is nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; a filter of each thread's own would be lost
+        predictions = _predict(model, options, left_out, keep)
+        first = next(predictions, None)
+        if first is None:
+            reasons = "for the reasons above" if left_out.count else "standard input named none"
+            raise InputError(f"no image was predicted, {reasons}")
+        _write(FORMATS[_format(options)](_chain(first, predictions)), options.output)
 
 
 def _best(shares: NDArray[np.float64], classes: list[str], count: int) -> list[Guess]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import IO, Any, Self
 
 import numpy as np
 
@@ -17,18 +18,55 @@ from tools.monitor.command import EXIT_STATUS, in_words
 from tools.shared import process
 
 
-def judge(windows: Sequence[Window], folder: Path, name: str) -> int:
-    """Print the verdict on stderr, and return the monitor's exit status.
+class Monitored:
+    """The pixels of predicted images, in a temporary file until the monitor is asked: nothing is decoded twice.
 
-    `folder` is that of the exported model, beside which its classifier and detector lie; where it was fetched for the
-    registered `name`, theirs are fetched as well. The images go over as pixels: nothing is decoded twice.
+    A context: at its end, the file is gone. What goes wrong here leaves the predictions as they are.
     """
-    names = [name for window in windows for name in window.names]
-    places = {what: _beside(folder, name, what) for what in ("classifier", "drift")}
-    with tempfile.TemporaryDirectory(prefix="predict-") as scratch:
-        images, report_file = Path(scratch) / "images.npy", Path(scratch) / "report.json"
-        np.save(images, np.concatenate([window.images for window in windows]))
-        command = [sys.executable, "-m", "tools.monitor", str(images), "--json", str(report_file)]
+
+    def __init__(self, size: int) -> None:
+        """Images are squares of `size` pixels. Raises InputError where there is no place for temporary files."""
+        try:
+            self._scratch = tempfile.TemporaryDirectory(prefix="predict-")
+        except OSError as error:
+            raise InputError(f"--monitor: no place for temporary files: {error.strerror}; set TMPDIR to one") from None
+        self._names: list[str] = []
+        self._size = size
+        self._path = Path(self._scratch.name) / "images.npy"
+        self._file: IO[bytes] = self._path.open("wb")
+        self._failed: OSError | None = None
+        self._attempt(self._write_header)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._attempt(self._file.close)
+        self._scratch.cleanup()
+
+    def add(self, window: Window) -> None:
+        """Keep the images of a window."""
+        self._names += window.names
+        self._attempt(lambda: self._file.write(window.images.data))
+
+    def judge(self, folder: Path, name: str) -> int:
+        """Print the verdict on stderr, and return the monitor's exit status.
+
+        `folder` is that of the exported model, beside which its classifier and detector lie; where it was fetched for
+        the registered `name`, theirs are fetched as well.
+        """
+        self._attempt(self._write_header)
+        self._attempt(self._file.close)
+        if self._failed:
+            raise InputError(
+                f"--monitor: no verdict: {self._path.parent.parent}: {self._failed.strerror}; free some space there, "
+                "or set TMPDIR to another place; the predictions are not affected"
+            )
+        places = {what: _beside(folder, name, what) for what in ("classifier", "drift")}
+        report_file = self._path.with_name("report.json")
+        command = [sys.executable, "-m", "tools.monitor", str(self._path), "--json", str(report_file)]
         command += ["--classifier", str(places["classifier"]), "--detector", str(places["drift"])]
         ended = process.run(command)
         if ended.returncode not in EXIT_STATUS.values():
@@ -37,13 +75,26 @@ def judge(windows: Sequence[Window], folder: Path, name: str) -> int:
                     f"--monitor: no verdict: the monitor was ended by signal {-ended.returncode} (out of memory?); the "
                     "predictions are not affected"
                 )
-            said = ended.stderr.strip().removeprefix("monitor: error: ").replace(str(images), "these images")
+            said = ended.stderr.strip().removeprefix("monitor: error: ").replace(str(self._path), "these images")
             raise InputError(f"--monitor: no verdict: {said}; the predictions are not affected")
         report: dict[str, Any] = json.loads(report_file.read_text())
-    for row in report["images"]:
-        row["path"] = names[int(row["path"].rpartition("[")[2].rstrip("]"))]
-    print(in_words(report), file=sys.stderr)
-    return ended.returncode
+        for row in report["images"]:
+            row["path"] = self._names[int(row["path"].rpartition("[")[2].rstrip("]"))]
+        print(in_words(report), file=sys.stderr)
+        return ended.returncode
+
+    def _write_header(self) -> None:
+        """Write the header of a .npy file at its beginning: NumPy leaves room in it for the number to grow."""
+        shape = (len(self._names), self._size, self._size, 3)
+        self._file.seek(0)
+        np.lib.format.write_array_header_1_0(self._file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+
+    def _attempt(self, write: Callable[[], object]) -> None:
+        if self._failed is None:
+            try:
+                write()
+            except OSError as error:
+                self._failed = error
 
 
 def _beside(folder: Path, name: str, what: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import astuple
 from typing import Any
 
@@ -203,3 +204,16 @@ def test_the_order_of_images_does_not_matter(monkeypatch: pytest.MonkeyPatch) ->
     assert again is not None
     assert np.array_equal(again, first[order])
     assert not np.allclose(looking.adapted_logits(images[order], 4), again, atol=1e-3)  # type: ignore[arg-type]
+
+
+def test_images_are_not_copied_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LARGEST_GROUP", 16)
+    images = clouds(256, 32, 32)
+    looking = extractor()
+    looking.adapted_to_all(images[:16])
+    tracemalloc.start()
+    looking.features(images)
+    looking.adapted_to_all(images)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 0.5 * images.nbytes

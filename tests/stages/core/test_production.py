@@ -9,8 +9,10 @@ import tarfile
 import tempfile
 import tracemalloc
 import zipfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -20,8 +22,9 @@ from PIL import Image
 
 from stages.core.errors import InputError
 from stages.core.image import CropMode, decode
-from stages.core.production import Window, find_images, is_image_name, read_images
+from stages.core.production import ImageFile, Window, find_images, is_image_name, keep_rows, read_images
 from tests.helpers import encoded, nobody, picture, run, truncated, write_files
+from tests.synthetic import clouds
 
 FILES = {
     "b.jpg": encoded(picture(1, (40, 30))),
@@ -239,6 +242,32 @@ def test_nothing_readable_is_an_empty_window(tmp_path: Path) -> None:
     assert found.images.shape == (0, 24, 24, 3)
     assert found.images.dtype == np.uint8
     assert len(found.skipped) == 1
+
+
+def test_pixels_are_in_memory_once(tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", clouds(400, 48, 48))
+    files = find_images([str(tmp_path / "images.npy")])
+    tracemalloc.start()
+    window = read_images(files, 48, "center", "bilinear")
+    kept = keep_rows(window, np.arange(0, 400, 2))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.2 * window.images.nbytes
+    assert kept.names == window.names[::2]
+    assert np.array_equal(kept.images, np.load(tmp_path / "images.npy")[::2])
+
+
+def test_more_images_than_memory_holds_are_refused(tmp_path: Path) -> None:
+    class Many(Sequence[ImageFile]):
+        def __len__(self) -> int:
+            return 10**9
+
+        def __getitem__(self, index: object) -> Any:
+            raise AssertionError
+
+    message = "1,000,000,000 images of 512 px are 786,432 GB, more than memory holds; give fewer at once"
+    with pytest.raises(InputError, match=message):
+        read_images(Many(), 512, "center", "bilinear")
 
 
 @pytest.mark.parametrize(
