@@ -9,6 +9,7 @@ Command  python -m stages.preprocess
 from __future__ import annotations
 
 import hashlib
+import sys
 from typing import Annotated, Literal
 
 import numpy as np
@@ -25,6 +26,8 @@ from stages.core.progress import stage_summary
 from stages.core.runtime import RuntimeParams, num_workers
 from stages.core.source import RAW, SPLITS, check_content, load_source_info
 from stages.core.stopping import run_stage
+
+_NEARLY_BLACK = 1 / 16  # of white: a mean that no image of 12 bits exceeds which is read as one of 16
 
 
 class PreprocessParams(Section):
@@ -90,6 +93,12 @@ def main(params: Params) -> None:
         )
         write_json(out / "meta.json", meta.model_dump())
         write_json(out / "files.json", files)
+        if max(meta.mean) < _NEARLY_BLACK:
+            print(
+                f"preprocess: data/raw: the training images are nearly black (at most {max(meta.mean):.3f} of white on "
+                "average). Are they of 10 or 12 bits in files of 16? Then scale them to 16 bits",
+                file=sys.stderr,
+            )
         num_skipped = sum(len(packed[split].skipped) for split in SPLITS)
         made.append(
             f"{' + '.join(f'{len(files[split]):,} {split}' for split in SPLITS)} images at {knobs.image_size} px"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from stages import extract, preprocess
 from stages.core.dataset import Split, check_images, load_meta, load_split, read_rows
@@ -109,6 +110,17 @@ def test_images_of_many_sizes_and_modes_fit_in(workspace: Path) -> None:
     files["train/dog/cmyk.jpg"] = encoded(picture(mode="CMYK"))
     run_stages(workspace, files)
     assert load_split("train", load_meta()).images.shape == (12, 32, 32, 3)
+
+
+@pytest.mark.parametrize("bits", [12, 16])
+def test_images_of_fewer_bits_than_their_files_are_told_of(
+    bits: int, workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = np.random.default_rng(0).integers(0, 2**bits, (20, 20)).astype(np.uint16)
+    image = encoded(Image.fromarray(values), "PNG")
+    run_stages(workspace, {f"{split}/{label}/1.png": image for split in ("train", "val") for label in ("cat", "dog")})
+    assert load_meta().mean == pytest.approx([0.5 * 2**bits / 2**16] * 3, abs=0.03)
+    assert ("the training images are nearly black (at most 0.03" in capsys.readouterr().err) == (bits == 12)
 
 
 def test_missing_input_says_what_to_run(workspace: Path) -> None:
