@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from stages.core.errors import InputError
 from tools.shared import dvc_queue
 
 _PREPARING, _RUNNING, _SUCCESS, _FAILED, _FINISHED = 1, 2, 3, 4, 6
@@ -159,3 +160,33 @@ def test_what_has_failed_is_removed_when_its_daemon_has_told_dvc(ended: int, mon
     monkeypatch.setattr(dvc_queue, "_dvc", lambda *words, **_: removed.extend(words))
     dvc_queue.remove(["tried-0"])
     assert (removed, answers) == (["queue", "remove", "tried-0"], [])
+
+
+METRICS = json.dumps(
+    {"top1": 0.5, "detection": {"50": 0.9}, "contaminated": {"0.10": 0.7, "0": {"1": 0.2}}, "name": "a"}
+)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("top1", 0.5), ("detection.50", 0.9), ("contaminated.0.10", 0.7), ("contaminated.0.1", 0.2)],
+)
+def test_a_metric_is_found_by_its_names_with_dots_between_them_and_in_them(key: str, value: float) -> None:
+    assert dvc_queue.number_in(METRICS, key, "metrics.json") == value
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("top2", r"no 'top2' in it \(valid: top1, detection, contaminated, name\)"),
+        ("", r"no '' in it \(valid: top1,"),
+        ("top1.", "no '' in it$"),
+        ("top1.a", "no 'a' in it$"),
+        ("contaminated.0.20", r"no '20' in it \(valid: 1\)"),
+        ("detection", "{'50': 0.9} is no number"),
+        ("name", "'a' is no number"),
+    ],
+)
+def test_a_metric_that_is_not_there_or_no_number_is_refused(key: str, message: str) -> None:
+    with pytest.raises(InputError, match=f"metrics.json: {message}"):
+        dvc_queue.number_in(METRICS, key, "metrics.json")

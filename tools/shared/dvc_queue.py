@@ -195,14 +195,18 @@ def file_of(commit: str, path: str) -> str:
     return _git("show", f"{commit}:{path}")
 
 
-def number_in(text: str, key: Sequence[str], where: str) -> float:
-    """A number in JSON; InputError, which names `where`, when it is not there."""
+def number_in(text: str, key: str, where: str) -> float:
+    """A number in JSON, by names with dots between them; InputError, which names `where`, when it is not there."""
     content: Any = json.loads(text)
-    for part in key:
-        if not isinstance(content, dict) or part not in content:
-            valid = f" (valid: {', '.join(content)})" if isinstance(content, dict) else ""
-            raise InputError(f"{where}: no {part!r} in it{valid}")
-        content = content[part]
+    rest: str | None = key
+    while rest is not None:
+        names = content if isinstance(content, dict) else {}
+        # A name may hold a dot itself: 0.10 in detection_of_contaminated.0.10.
+        part = max((name for name in names if f"{rest}.".startswith(f"{name}.")), key=len, default=None)
+        if part is None:
+            valid = f" (valid: {', '.join(names)})" if names else ""
+            raise InputError(f"{where}: no {rest.partition('.')[0]!r} in it{valid}")
+        content, rest = content[part], rest[len(part) + 1 :] if len(rest) > len(part) else None
     if isinstance(content, bool) or not isinstance(content, (int, float)):
         raise InputError(f"{where}: {content!r} is no number")
     return float(content)

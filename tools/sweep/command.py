@@ -150,7 +150,7 @@ def check_metric(metric: str) -> None:
     """InputError for a key that the workspace's run lacks: a misspelt one must not cost a trial."""
     path, _, key = metric.partition(":")
     if Path(path).exists():
-        dvc_queue.number_in(Path(path).read_text(), key.split("."), metric)
+        dvc_queue.number_in(Path(path).read_text(), key, metric)
 
 
 def direction_of(metric: str) -> Direction:

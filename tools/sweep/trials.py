@@ -55,7 +55,7 @@ class Sweep:
         self.arguments, self.study, self.question, self.target, self.lock = arguments, study, question, target, lock
         self.name: str = study.study_name
         metric_file, _, key = question.metric.partition(":")
-        self.metric_file, self.metric_key = metric_file, key.split(".")
+        self.metric_file, self.metric_key = metric_file, key
         self.epochs = _EPOCHS[question.direction]
         self.active: list[Run] = []
 
@@ -149,7 +149,7 @@ class Sweep:
                 dvc_queue.file_of(commit, self.metric_file), self.metric_key, self.question.metric
             )
             self.study.tell(run.trial, value)
-            print(f"sweep: {run.name} ended: {self.metric_key[-1]} {value:.4f}", flush=True)
+            print(f"sweep: {run.name} ended: {self.metric_key} {value:.4f}", flush=True)
         elif task.state in ("failed", "lost") and run.pruned:
             self.study.tell(run.trial, state=TrialState.PRUNED)
         elif task.state == "failed":
@@ -246,7 +246,7 @@ class Sweep:
         for trial in trials:
             if trial.user_attrs.get("interrupted"):
                 dvc_queue.clear(experiment_name(self.name, trial))
-        metric, direction = self.metric_key[-1], self.question.direction
+        metric, direction = self.metric_key, self.question.direction
         print(study_report.table(trials, self.name, metric))
         if not trials:
             return 1
