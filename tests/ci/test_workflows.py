@@ -31,7 +31,7 @@ ELSEWHERE = {
 HERE = {
     *(("ci", name) for name in ("Set up", "The pipeline on the generated sample", "Nothing is left to do", "Report")),
     ("report", "Comment"),
-    ("image", "Name"),
+    *(("image", name) for name in ("Look for a remote", "Name")),
     *(("train", name) for name in ("Set up", "Pull data and models", "Train", "Push data and models")),
     *(("train", name) for name in ("Push the branch", "Open the pull request")),
     *(("monitor", name) for name in ("Set up", "Pull data and models", "Make what the remote lacks")),
@@ -294,6 +294,17 @@ def test_google_drive_is_asked_where_there_is_a_key(make_runner: Callable[[], Ru
     assert ("is not set" in result.stdout) == (not asked)
     assert result.returncode == (2 if asked else 0)
     assert "not a key" not in result.stdout + result.stderr
+
+
+def test_the_image_pulls_where_there_is_a_default_remote(make_runner: Callable[[], Runner]) -> None:
+    runner = make_runner()
+    runner.execute(step("image", "Look for a remote"))
+    assert runner.outputs == {"name": "local"}
+    run(runner.checkout, "dvc", "config", "--unset", "core.remote")
+    runner.execute(step("image", "Look for a remote"))
+    assert runner.outputs == {"name": ""}
+    (pull,) = [each for *_, each in all_steps() if each.get("run", "").startswith("make docker-pull")]
+    assert pull["if"] == "env.HAS_KEY == 'true' && steps.remote.outputs.name != ''"
 
 
 def test_the_name_of_the_image_has_small_letters(make_runner: Callable[[], Runner]) -> None:
