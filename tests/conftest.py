@@ -16,7 +16,7 @@ import pytest
 from stages import extract, preprocess
 from stages.core.params import load_params
 from tests.ci.github_api import Repository, serve
-from tests.helpers import ROOT, STARTED, TINY, commit_all, copy_of_checkout, run, set_params
+from tests.helpers import STARTED, TINY, commit_all, copy_of_checkout, default_params, run
 
 
 def pytest_runtest_setup() -> None:
@@ -47,7 +47,7 @@ def make_repository(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
     def make(commit: bool = True, **overrides: Any) -> Path:
         folder = copy_of_checkout(tmp_path_factory.mktemp("repository"))
         cache = {"runtime.cache_dir": str(tmp_path_factory.mktemp("cache"))}
-        set_params(folder / "params.yaml", TINY | cache | {k.replace("__", "."): v for k, v in overrides.items()})
+        default_params(folder, TINY | cache | {k.replace("__", "."): v for k, v in overrides.items()})
         (folder / "dvc.lock").unlink(missing_ok=True)
         run(folder, "git", "init", "-q")
         run(folder, "git", "config", "user.name", "t")
@@ -79,8 +79,7 @@ def repository(finished_repository: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder as the working directory, with this repository's params.yaml made tiny."""
-    shutil.copy2(ROOT / "params.yaml", tmp_path)
-    set_params(tmp_path / "params.yaml", TINY | {"runtime.cache_dir": str(tmp_path / "cache")})
+    default_params(tmp_path, TINY | {"runtime.cache_dir": str(tmp_path / "cache")})
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -23,6 +23,9 @@ BIN = Path(sys.executable).parent
 PATIENCE = 600.0  # seconds: on a machine with other work, things take ten times as long as on a quiet one
 STARTED: list[subprocess.Popen[str]] = []  # by `start`
 
+# Of the experiment that is committed here; a user's params.yaml has other ones.
+DEFAULT_PARAMS = ROOT / "tests/defaults.yaml"
+
 # Overrides under which the whole pipeline takes seconds.
 TINY: dict[str, Any] = {
     "sample.train_images": 60,
@@ -48,6 +51,14 @@ TINY: dict[str, Any] = {
     "runtime.threads": 1,
     "runtime.workers": 0,
 }
+
+
+def default_params(folder: Path, overrides: dict[str, Any] | None = None) -> None:
+    """Write this repository's params.yaml into a folder, its values the default ones but for `overrides`."""
+    (folder / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    sections = YAML(typ="safe").load(DEFAULT_PARAMS.read_text())
+    defaults = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+    set_params(folder / "params.yaml", defaults | (overrides or {}))
 
 
 def set_params(path: Path, overrides: dict[str, Any]) -> None:

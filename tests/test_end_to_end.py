@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT, commit_all, copy_of_checkout, image_files, run, set_params, write_files
+from tests.helpers import ROOT, commit_all, copy_of_checkout, default_params, image_files, run, set_params, write_files
 
 STAGES = ["extract", "preprocess", "train", "evaluate", "profile", "drift", "export"]
 
@@ -184,6 +184,7 @@ def test_a_wrong_param_is_refused_before_anything_heavy_loads(
 def test_the_default_run_is_good_and_not_too_easy(tmp_path: Path) -> None:
     """The committed numbers are those of a run of the committed code on this kind of machine."""
     repository = copy_of_checkout(tmp_path)
+    default_params(repository)
     run(repository, "git", "init", "-q")
     commit_all(repository)
     run(repository, "dvc", "repro")

@@ -7,17 +7,17 @@ from functools import cache
 from typing import Any
 
 from stages.core.params import read_params
-from tests.helpers import ROOT, TINY
+from tests.helpers import DEFAULT_PARAMS, TINY
 
 
 @cache
-def _committed() -> dict[str, Any]:
-    return read_params(ROOT / "params.yaml")
+def _defaults() -> dict[str, Any]:
+    return read_params(DEFAULT_PARAMS)
 
 
 def document(overrides: dict[str, Any] | None = None, *, tiny: bool = True) -> dict[str, Any]:
-    """The committed params.yaml, made tiny, with further keys such as `train.lr` changed."""
-    changed = copy.deepcopy(_committed())
+    """The default params, made tiny, with further keys such as `train.lr` changed."""
+    changed = copy.deepcopy(_defaults())
     for key, value in ((TINY if tiny else {}) | (overrides or {})).items():
         section, name = key.split(".")
         changed[section][name] = value

@@ -18,7 +18,7 @@ from stages.core.production import find_images, read_images
 from tests.faults.hostile_archives import ARCHIVES, FILES, Hostile, build
 from tests.faults.reliability import case
 from tests.faults.settings import document
-from tests.helpers import ROOT, files, run, set_params, write_files
+from tests.helpers import ROOT, default_params, files, run, write_files
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
@@ -77,8 +77,7 @@ def monitor_reads(path: Path) -> None:
 
 
 def extract_in_little_memory(overrides: dict[str, Any]) -> str:
-    (Path.cwd() / "params.yaml").write_text((ROOT / "params.yaml").read_text())
-    set_params(Path("params.yaml"), overrides)
+    default_params(Path.cwd(), overrides)
     command = f"ulimit -v {_MEMORY}; exec {sys.executable} -m stages.extract"
     ended = run(Path.cwd(), "bash", "-c", command, check=False, environment={"PYTHONPATH": str(ROOT)})
     assert ended.returncode == 2, ended.stderr

@@ -18,7 +18,7 @@ from stages.core.params import check_params
 from tests.faults.hostile_images import IMAGES, HostileImage
 from tests.faults.reliability import case
 from tests.faults.settings import document
-from tests.helpers import ROOT, encoded, files, image_files, picture, run, set_params, write_files
+from tests.helpers import ROOT, default_params, encoded, files, image_files, picture, run, write_files
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
@@ -42,8 +42,7 @@ def packed_images(tmp_path_factory: pytest.TempPathFactory) -> Packed:
     folder = tmp_path_factory.mktemp("images")
     hostile = {f"train/odd/{each.file}": each.content() for each in IMAGES if each.ends != "extract"}
     good = image_files(num_train=60, num_val=2, classes=("good", "odd"))
-    (folder / "params.yaml").write_text((ROOT / "params.yaml").read_text())
-    set_params(folder / "params.yaml", {
+    default_params(folder, {
         "data.source": str(write_files(folder / "set", good | hostile)), "preprocess.image_size": SIDE,
         "preprocess.on_bad_image": "skip", "runtime.workers": 2,
     })  # fmt: skip

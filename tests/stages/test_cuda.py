@@ -21,7 +21,7 @@ from stages.core.errors import InputError
 from stages.core.keyed import seed_for
 from stages.core.params import load_params
 from stages.train import Params
-from tests.helpers import ROOT, run, set_params, start, wait_until
+from tests.helpers import DEFAULT_PARAMS, ROOT, run, set_params, start, wait_until
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -70,7 +70,7 @@ def meta() -> PackMeta:
 
 @pytest.fixture(autouse=True)
 def deterministic() -> Iterator[None]:
-    device.set_up(load_params(Params, ROOT / "params.yaml").runtime)
+    device.set_up(load_params(Params, DEFAULT_PARAMS).runtime)
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -86,7 +86,7 @@ def train(
     **changes: Any,
 ) -> Outcome:
     """A short run; at step `stop_at` all is saved and loaded into a new trainer."""
-    params = load_params(Params, ROOT / "params.yaml")
+    params = load_params(Params, DEFAULT_PARAMS)
     recipe = params.train.model_copy(update={"image_size": 32, "batch_size": 16, "epochs": 1} | changes)
     where = torch.device("cuda", gpu)
     policy = precision.resolve(recipe.precision, where, recipe.smallest_side)
@@ -129,7 +129,7 @@ def test_a_recorded_step_is_the_step(split: Split, meta: PackMeta, optimizer: st
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_a_step_is_recorded_on_the_gpu_that_is_asked_for(split: Split, meta: PackMeta) -> None:
-    runtime = load_params(Params, ROOT / "params.yaml").runtime
+    runtime = load_params(Params, DEFAULT_PARAMS).runtime
     where = device.set_up(runtime.model_copy(update={"device": "cuda:1"}))
     assert torch.cuda.current_device() == where.index == 1
     check_close(*(train(split, meta, record, gpu=1) for record in (True, False)))
@@ -162,7 +162,7 @@ def test_one_gpu_goes_on_from_several_and_the_reverse(
     split: Split, meta: PackMeta, optimizer: str, recorded_first: bool
 ) -> None:
     """Several processes wrap the network, and their steps are not recorded: here the wrapper alone."""
-    params = load_params(Params, ROOT / "params.yaml")
+    params = load_params(Params, DEFAULT_PARAMS)
     recipe = params.train.model_copy(update={"image_size": 32, "batch_size": 16, "optimizer": optimizer})
     where = torch.device("cuda", 0)
     policy = precision.resolve("bf16", where, recipe.smallest_side)

@@ -13,16 +13,16 @@ from ruamel.yaml import YAML
 
 from stages.core.errors import InputError
 from stages.core.params import read_params
-from tests.helpers import PATIENCE, ROOT, run, set_params, start, step_reached, wait_until
+from tests.helpers import PATIENCE, ROOT, default_params, run, set_params, start, step_reached, wait_until
 from tools import exp
 from tools.shared import overrides
 
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """params.yaml, dvc.yaml and recipes as committed, as the working directory."""
-    for name in ("params.yaml", "dvc.yaml"):
-        shutil.copy2(ROOT / name, tmp_path)
+    """The default params.yaml, dvc.yaml and recipes, as the working directory."""
+    default_params(tmp_path)
+    shutil.copy2(ROOT / "dvc.yaml", tmp_path)
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -48,7 +48,7 @@ def test_every_recipe_composes_and_passes_the_stages_schemas(name: str, checkout
     assert Path(f"recipes/{name}.yaml").read_text().startswith("# ")
 
 
-def test_the_sample_recipe_is_what_is_committed_and_brings_it_back(checkout: Path) -> None:
+def test_the_sample_recipe_is_the_default_and_brings_it_back(checkout: Path) -> None:
     assert exp.plan(["sample"], []).settings == {}
     set_params(Path("params.yaml"), {"train.lr": 0.5, "data.source": "imagenette2-160"})
     assert exp.plan(["sample"], []).settings == {"train.lr": 0.01, "data.source": "sample"}

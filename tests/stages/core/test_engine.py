@@ -16,14 +16,14 @@ from stages.core.errors import InputError
 from stages.core.params import load_params
 from stages.core.recipe import TrainParams
 from stages.train import Params
-from tests.helpers import ROOT, TINY
+from tests.helpers import DEFAULT_PARAMS, TINY
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def params() -> Params:
-    params = load_params(Params, ROOT / "params.yaml")
+    params = load_params(Params, DEFAULT_PARAMS)
     network = params.model.model_copy(update={"name": TINY["model.name"]})
     set_up(params.runtime.model_copy(update={"device": "cpu", "threads": 1}))
     return params.model_copy(update={"model": network})

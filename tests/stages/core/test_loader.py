@@ -24,7 +24,7 @@ from stages.core.loader import (
 from stages.core.params import load_params
 from stages.core.recipe import TrainParams
 from stages.train import Params
-from tests.helpers import ROOT
+from tests.helpers import DEFAULT_PARAMS
 
 CPU = torch.device("cpu")
 COUNT, SIZE = 50, 24
@@ -57,7 +57,7 @@ def meta() -> PackMeta:
 
 
 def params(**changes: object) -> TrainParams:
-    base = load_params(Params, ROOT / "params.yaml").train
+    base = load_params(Params, DEFAULT_PARAMS).train
     return base.model_copy(update={"image_size": 16, "batch_size": 8} | changes)
 
 

@@ -9,7 +9,7 @@ from stages.core import optim
 from stages.core.params import load_params
 from stages.core.recipe import TrainParams
 from stages.train import Params
-from tests.helpers import ROOT
+from tests.helpers import DEFAULT_PARAMS
 
 
 def rates(num_steps: int, warmup: int, schedule: str) -> list[float]:
@@ -41,7 +41,7 @@ def test_warm_up_rises_evenly_to_the_peak() -> None:
 
 @pytest.fixture
 def train_params() -> TrainParams:
-    return load_params(Params, ROOT / "params.yaml").train
+    return load_params(Params, DEFAULT_PARAMS).train
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "muon"])

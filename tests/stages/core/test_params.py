@@ -10,8 +10,8 @@ import pytest
 
 from stages import drift, evaluate, export, extract, preprocess, profile, train
 from stages.core.errors import InputError
-from stages.core.params import SECTIONS, Section, load_params
-from tests.helpers import ROOT, set_params
+from stages.core.params import SECTIONS, Section, load_params, read_params
+from tests.helpers import DEFAULT_PARAMS, ROOT, default_params, set_params
 from tools.retrain import command as retrain
 
 STAGES = {
@@ -28,13 +28,25 @@ STAGES = {
 
 @pytest.fixture
 def params_file(tmp_path: Path) -> Path:
-    path = tmp_path / "params.yaml"
-    path.write_text((ROOT / "params.yaml").read_text())
-    return path
+    default_params(tmp_path)
+    return tmp_path / "params.yaml"
+
+
+@pytest.mark.parametrize("file", ["params.yaml", "tests/defaults.yaml"])
+def test_what_is_committed_is_valid(file: str) -> None:
+    for stage in STAGES.values():
+        load_params(stage.Params, ROOT / file)
+
+
+def test_the_tests_have_a_value_for_every_key() -> None:
+    committed, defaults = read_params(ROOT / "params.yaml"), read_params(DEFAULT_PARAMS)
+    assert {section: set(keys) for section, keys in committed.items()} == {
+        section: set(keys) for section, keys in defaults.items()
+    }
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_committed_file_is_valid(stage: str, params_file: Path) -> None:
+def test_the_defaults_are_read(stage: str, params_file: Path) -> None:
     params = load_params(STAGES[stage].Params, params_file)
     assert set(STAGES[stage].Params.model_fields) <= set(SECTIONS)
     with pytest.raises(ValueError, match="frozen"):
