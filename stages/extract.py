@@ -40,6 +40,7 @@ from stages.core.source import EXTRA_PREFIX, RAW, SPLITS, ExtraInfo, SourceInfo,
 from stages.core.stopping import run_stage
 
 # fast.ai's addresses and md5; those of Imagenette are torchvision's too (torchvision.datasets.Imagenette).
+_MOST_NAMES = 10  # in a message
 _FAST_AI = "https://s3.amazonaws.com/fast-ai-imageclas/"
 NAMED_SOURCES = {
     "imagenette2-160": (_FAST_AI + "imagenette2-160.tgz", "e793b78cc4c9e9a4ccc0c1155377a412"),
@@ -268,14 +269,28 @@ def _check_content(data: DataParams, found: str) -> None:
 def _write_tar(
     path: Path, images: Iterable[LabelledImage], split: str, total: int, mode: Literal["w", "a"] = "w"
 ) -> None:
-    """Write (or append) the images in the order given; the same images give the same bytes."""
+    """Write (or append) the images in the order given; the same images give the same bytes.
+
+    Raises InputError, which names the first few, where files are no images.
+    """
+    reason, refused = "", []
     with tarfile.open(path, mode, format=tarfile.PAX_FORMAT) as tar:
         for class_name, file_name, content in progress(images, f"extract {split}", total):
-            check_is_image(content, f"{split}/{class_name}/{file_name}")
+            name = f"{split}/{class_name}/{file_name}"
+            try:
+                check_is_image(content, name)
+            except InputError as error:
+                reason = reason or str(error)
+                refused.append(name)
+                continue
             info = tarfile.TarInfo(f"{class_name}/{file_name}")
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
             tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every member otherwise
+    if refused:
+        others = ", ".join(refused[1:_MOST_NAMES]) + (", ..." if len(refused) > _MOST_NAMES else "")
+        more = f" and {len(refused) - 1:,} more of the kind ({others})" if others else ""
+        raise InputError(f"{reason}; remove it{more}: preprocess.on_bad_image is for damage further in")
 
 
 if __name__ == "__main__":

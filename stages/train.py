@@ -9,6 +9,7 @@ Command  python -m stages.train   (or torchrun ... -m stages.train)
 
 from __future__ import annotations
 
+import sys
 import time
 from contextlib import ExitStack
 from itertools import takewhile
@@ -83,6 +84,12 @@ def _train(params: Params, where: torch.device, world: World, stop: StopRequest)
             made = stack.enter_context(stage_summary("train"))
             stack.enter_context(session.store.locked())
             group = f"train-{session.store.folder.name[:12]}"
+            if params.train.image_size > meta.image_size:
+                print(
+                    f"train: train.image_size: {params.train.image_size} is more than the packed images have, which "
+                    f"are enlarged; for sharp ones set preprocess.image_size (now {meta.image_size}) to at least that",
+                    file=sys.stderr,
+                )
             where_to = cache_dir(params.runtime)
             mirror = stack.enter_context(open_mirror("train", params.wandb, where_to, params, group=group))
             session.tracker = stack.enter_context(Tracker(METRICS, mirror))

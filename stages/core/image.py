@@ -36,6 +36,7 @@ _DAMAGED = (
 # PNG: numbers a pixel by colour type, and the passes of an interlaced one (left, top, columns apart, rows apart).
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+_OVERSHOOT = 0.2  # share of the range, on either side
 _BAND = 1 << 22  # pixels that are scaled at once
 
 CropMode = Literal["center", "squash", "border"]
@@ -174,13 +175,16 @@ def _scaled(values: NDArray[Any], is_float: bool) -> Image.Image:
     if not np.isfinite(values).all():
         raise ValueError("pixel values are not finite")
     low, high = float(values.min(initial=0)), float(values.max(initial=0))
-    full = 1.0 if is_float and high <= 1 else 255.0 if is_float and high <= 255 else 65535.0
-    if low < 0 or high > full:
+    # Interpolation overshoots: floats may be a little outside of what is black and white.
+    beyond = _OVERSHOOT if is_float else 0.0
+    full = next((full for full in (1.0, 255.0) if is_float and high <= (1 + beyond) * full), 65535.0)
+    if low < -beyond * full or high > (1 + beyond) * full:
         raise ValueError(f"pixel values from {low:g} to {high:g}; expected 0 to {full:g}")
     grey = np.empty(values.shape, dtype=np.uint8)
     rows = max(1, _BAND // max(1, values.shape[1]))
     for top in range(0, len(values), rows):
-        grey[top : top + rows] = np.round(values[top : top + rows].astype(np.float64) * (255 / full))
+        scaled = np.round(values[top : top + rows].astype(np.float64) * (255 / full))
+        grey[top : top + rows] = scaled.clip(0, 255)
     return Image.fromarray(grey)
 
 
@@ -188,5 +192,7 @@ def _to_square(image: Image.Image, size: int, crop_mode: CropMode, resample: Ima
     if crop_mode == "center":
         return ImageOps.fit(image, (size, size), method=resample)
     if crop_mode == "border":
+        if 2 * size * min(image.size) <= max(image.size):  # less than half a pixel, which Pillow leaves out
+            image = image.resize((size, 1) if image.width > image.height else (1, size), resample)
         return ImageOps.pad(image, (size, size), method=resample, color=(128, 128, 128))
     return image.resize((size, size), resample)

@@ -73,7 +73,7 @@ def export(network: nn.Module, spec: OnnxSpec, path: Path) -> None:
         reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
         raise InputError(
             f"{spec.architecture} cannot be exported to ONNX: {reason}; choose another model.name, or leave this "
-            "stage out: `dvc repro evaluate profile drift`"
+            "stage out: `dvc repro evaluate profile drift` (such a run can be neither registered nor retrained)"
         ) from None
 
 

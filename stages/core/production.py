@@ -29,6 +29,11 @@ _SUFFIXES = (  # of the formats that extract accepts by their content
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 )
+# Of formats that are not read here: told of as what cannot be read, not passed over.
+_FOREIGN_SUFFIXES = (
+    *(".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"),
+    *(".tga", ".psd", ".exr", ".hdr", ".dcm", ".svg", ".ico"),
+)
 _LARGEST_FILE = 200_000_000  # bytes
 _LARGEST_RATIO = 200  # unpacked bytes per byte of archive; more is taken for a bomb
 _CHUNK = 1 << 20
@@ -117,10 +122,13 @@ def keep_rows(window: Window, rows: NDArray[np.int64]) -> Window:
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a path inside a folder or archive is that of an image; hidden files and litter of systems are none."""
+    """Whether a path inside a folder or archive is that of an image, be it one that cannot be read.
+
+    Hidden files and litter of systems are none, nor is what has no suffix.
+    """
     parts = PurePosixPath(name).parts
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
-    return not hidden and PurePosixPath(name).suffix.lower() in _SUFFIXES
+    return not hidden and PurePosixPath(name).suffix.lower() in (*_SUFFIXES, *_FOREIGN_SUFFIXES)
 
 
 def lines_of_stdin() -> Iterator[str]:

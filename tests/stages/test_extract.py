@@ -99,6 +99,11 @@ def text_named_jpg(files: dict[str, bytes]) -> dict[str, bytes]:
 BAD_SETS: dict[str, tuple[Callable[[dict[str, bytes]], dict[str, bytes]], str]] = {
     "a text named .jpg": (text_named_jpg, r"train/cat/page\.jpg: is not an image \(it starts with '<html>"),
     "an empty file": (lambda files: files | {"val/dog/0.jpg": b""}, r"val/dog/0\.jpg: is empty"),
+    "many files that are no images": (
+        lambda files: files | {f"train/cat/{name:02}.jpg": b"" for name in range(50, 65)},
+        r"train/cat/50\.jpg: is empty; .*; remove it and 14 more of the kind "
+        r"\(train/cat/51\.jpg, .*, train/cat/59\.jpg, \.\.\.\)",
+    ),
     "other classes": (lambda files: files | {"train/cow/0.jpg": encoded(picture())}, "cow only in train/"),
     "no val": (lambda files: {k: v for k, v in files.items() if k.startswith("train")}, "no folder has both"),
 }

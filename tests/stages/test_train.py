@@ -34,8 +34,14 @@ def history(workspace: Path, name: str) -> list[tuple[int, float]]:
         return [(int(row["step"]), float(row[name.split("/")[-1]])) for row in csv.DictReader(file, delimiter="\t")]
 
 
-def test_what_a_run_leaves(packed: Path) -> None:
+def test_images_that_are_enlarged_are_told_of(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_train(packed, train__image_size=48)
+    assert "train.image_size: 48 is more than the packed images have" in capsys.readouterr().err
+
+
+def test_what_a_run_leaves(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_train(packed)
+    assert "enlarged" not in capsys.readouterr().err
     spec = model.load_spec(packed / "models/classifier")
     meta = load_meta()
     assert (spec.architecture, spec.image_size, spec.classes, spec.mean) == ("test_resnet", 32, meta.classes, meta.mean)

@@ -81,6 +81,26 @@ def test_the_modes_of_cropping() -> None:
     assert (padded[10, 0] == (255, 0, 0)).all()
 
 
+@pytest.mark.parametrize("size", [(3000, 20), (20, 3000), (129, 1), (1, 128)])
+def test_what_is_left_of_a_very_long_image_is_a_line(size: tuple[int, int]) -> None:
+    padded = decode(encoded(Image.new("RGB", size, "red"), "PNG"), "x", 64, "border")
+    line = padded[31:33] if size[0] > size[1] else padded[:, 31:33]
+    assert (line == (255, 0, 0)).all(axis=2).sum() == 64
+    assert (padded == 128).all(axis=2).sum() == 63 * 64
+
+
+@pytest.mark.parametrize(("white", "low", "high"), [(1, -0.05, 1.02), (255, -8, 260), (1, 0, 1), (255, 0, 255)])
+def test_floats_have_the_range_that_they_nearly_keep_to(white: float, low: float, high: float) -> None:
+    values = np.full((16, 16), 0.5 * white, dtype=np.float32)
+    values[0, :2] = low, high
+    pixels = decode(encoded(Image.fromarray(values), "TIFF"), "x", 16)
+    assert (pixels[1:] == 128).all()
+    assert pixels[0, :2, 0].tolist() == [0, 255]
+    values[0, 1] = -0.3 * white
+    with pytest.raises(InputError, match=f"pixel values from -.*; expected 0 to {white}"):
+        decode(encoded(Image.fromarray(values), "TIFF"), "x", 16)
+
+
 def test_an_animation_gives_its_first_frame() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     content = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])

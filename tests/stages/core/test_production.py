@@ -317,10 +317,19 @@ def test_other_arrays_are_refused_by_name(array: NDArray[np.generic], message: s
 
 
 def test_names_of_images() -> None:
-    for name in ("a.jpg", "A.JPEG", "x/y.z/b.Png", "./c.gif", "with space.tif", "d.jfif", "e.pgm"):
+    for name in ("a.jpg", "A.JPEG", "x/y.z/b.Png", "./c.gif", "with space.tif", "d.jfif", "e.pgm", "f.HEIC"):
         assert is_image_name(name), name
     for name in ("a", "a.txt", ".a.jpg", "x/.y/a.jpg", "__MACOSX/a.jpg", "jpg", "a.jpg.part", ".jpg"):
         assert not is_image_name(name), name
+
+
+def test_images_of_formats_that_are_not_read_are_told_of(tmp_path: Path) -> None:
+    avif = encoded(picture(), "AVIF")
+    found = read(write_files(tmp_path, FILES | {"phone/1.HEIC": avif, "phone/2.avif": avif}))
+    assert len(found.images) == 4
+    assert [name for name, _ in found.skipped] == [str(tmp_path / f"phone/{name}") for name in ("1.HEIC", "2.avif")]
+    assert "is not an image (it starts with" in found.skipped[0][1]
+    assert "readable formats: JPEG, PNG" in found.skipped[0][1]
 
 
 def test_a_folder_that_is_hidden_itself_is_read(tmp_path: Path) -> None:
