@@ -47,7 +47,10 @@ def parse(words: Iterable[str], recipes: Sequence[str] = ()) -> tuple[list[str],
             override = OverridesParser.create().parse_override(word)
         except HydraException as error:
             reason = str(error).splitlines()[0]
-            raise InputError(f"{word}: not `section.key=value` in Hydra's grammar: {reason}") from None
+            raise InputError(
+                f"{word}: not `section.key=value` in Hydra's grammar: {reason}; a value with commas, colons or "
+                "brackets in it goes in quotes of its own: KEY='\"VALUE\"'"
+            ) from None
         if override.key_or_group in _RECIPE:
             names += _recipe_names(override)
             continue
