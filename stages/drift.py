@@ -95,11 +95,10 @@ def main(params: Params) -> None:
         clean = extractor.features(images)
         rng = np.random.default_rng(knobs.seed)
         parts = drift_check.split(len(labels), rng)
-        sizes = drift_check.possible_sizes(knobs.window_sizes, parts, knobs.images_per_condition)
-
         known = np.concatenate([parts.reference, parts.threshold])
         undrifted = known[is_of_source[known]]
-        if len(undrifted) == 0:
+        undrifted_check = parts.check[is_of_source[parts.check]]
+        if len(undrifted) == 0 or len(undrifted_check) < detectors.SMALLEST_WINDOW:
             raise InputError(
                 f"data/processed: of {len(labels)} validation images, {is_of_source.sum()} are not of data.extra, too "
                 "few to know what the classifier does on clean ones; give data.source more validation images"
@@ -107,7 +106,8 @@ def main(params: Params) -> None:
 
         # Reference images teach the damage estimate, check images measure everything: under each condition, both.
         fit_on = rng.permutation(parts.reference)[: knobs.fit_images]
-        check_on = rng.permutation(parts.check)[: knobs.images_per_condition]
+        check_on = rng.permutation(undrifted_check)[: knobs.images_per_condition]
+        sizes = drift_check.possible_sizes(knobs.window_sizes, parts, len(check_on))
         fit_groups = {size: len(fit_on) for size in sizes}
         check_groups = drift_check.adapted_images(sizes, len(check_on))
         conditions = [Condition(CLEAN, 0, fit_on, fit_groups)]
@@ -151,7 +151,7 @@ def main(params: Params) -> None:
         alarms = drift_check.false_alarms(
             clean, sizes, knobs.axes, knobs.alpha, knobs.resplits, detector.num_windows(knobs.alpha), knobs.seed
         )
-        accuracy = float((check.logits.argmax(axis=1) == labels[parts.check]).mean())
+        accuracy = float((clean.logits[undrifted_check].argmax(axis=1) == labels[undrifted_check]).mean())
         summary = drift_summary.summary(detector, accuracy, alarms, measured)
         severities = drift_summary.severity_rows(measured)
         powers = drift_summary.power_rows(measured, alarms)

@@ -160,12 +160,28 @@ def _inside(path: Path) -> list[ImageFile]:
         return _zipped(path) if stream.read(2) == b"PK" else _tarred(path)
 
 
+def walk(folder: Path, onerror: Callable[[OSError], None] | None = None) -> Iterator[tuple[str, list[str]]]:
+    """Every folder from `folder` down, through links, once, with the names of its files; of `os.walk`."""
+    seen = set()
+    for parent, folders, names in os.walk(folder, onerror=onerror, followlinks=True):
+        folders.sort()
+        try:
+            info = Path(parent).stat()
+        except OSError:  # gone meanwhile
+            continue
+        if (info.st_dev, info.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((info.st_dev, info.st_ino))
+        yield parent, names
+
+
 def _below(folder: Path) -> list[ImageFile]:
     """The images of a folder; a folder in it that cannot be listed stands among them, as what cannot be read."""
     closed: list[OSError] = []
     files = [
         path
-        for parent, _, names in os.walk(folder, onerror=closed.append)
+        for parent, names in walk(folder, closed.append)
         for path in (Path(parent, name) for name in names)
         if is_image_name(path.relative_to(folder).as_posix()) and path.is_file()
     ]

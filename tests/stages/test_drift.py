@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from stages import drift
 from stages.core import detector as detectors
 from stages.core import drift_check
 from stages.core.corruptions import FAMILIES, SEVERITIES
+from stages.core.drift_check import Drifted
 from stages.core.errors import InputError
 from stages.core.params import load_params
 from tests.helpers import files, set_params
@@ -67,6 +70,38 @@ def test_the_clean_accuracy_is_that_of_the_source(repository: Path, monkeypatch:
     known = np.concatenate([parts.reference, parts.threshold])
     assert detector.spec.baselines.accuracy == right[known][~extra[known]].mean()
     assert detector.spec.baselines.accuracy != right[known].mean()
+    check = parts.check
+    assert json.loads(Path("metrics/drift.json").read_text())["clean_accuracy"] == right[check][~extra[check]].mean()
+
+
+def test_what_is_measured_is_no_image_that_was_fitted_to_and_none_of_data_extra(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(repository)
+    path = Path("data/processed/files.json")
+    names = json.loads(path.read_text())
+    names["val"][::3] = [name.replace("/", "/extra-") for name in names["val"][::3]]
+    path.write_text(json.dumps(names))
+    fitted: list[set[int]] = []
+    measured: list[set[int]] = []
+    fit, measure = drift_check.fit_sized_damage, drift_check.measure_condition
+
+    def fit_sized_damage(simulated: Sequence[Drifted], *others: Any) -> Any:
+        fitted.extend(set(one.indices.tolist()) for one in simulated)
+        return fit(simulated, *others)
+
+    def measure_condition(drifted: Drifted, *others: Any) -> Any:
+        measured.append(set(drifted.indices.tolist()))
+        return measure(drifted, *others)
+
+    monkeypatch.setattr(drift_check, "fit_sized_damage", fit_sized_damage)
+    monkeypatch.setattr(drift_check, "measure_condition", measure_condition)
+    knobs = load_params(drift.Params)
+    drift.main(knobs)
+    parts = drift_check.split(len(names["val"]), np.random.default_rng(knobs.drift.seed))
+    assert (len(fitted), len(measured)) == (106, 105)
+    assert set().union(*fitted) <= set(parts.reference.tolist())
+    assert set().union(*measured) <= set(parts.check.tolist()) - set(range(0, len(names["val"]), 3))
 
 
 def test_sizes_that_no_condition_has_images_for_are_left_out(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:

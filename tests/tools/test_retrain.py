@@ -185,14 +185,70 @@ def test_the_archive_is_named_by_its_content_and_keeps_earlier_images(tmp_path: 
         assert Path(name).name.startswith(f"{hashlib.sha256(content).hexdigest()[:8]}-")
     # a folder that has grown, beside what an earlier retraining has added of it: everything once
     files = flat() | {"cat/new.jpg": encoded(picture(999))}
-    present = [
-        labelled.LabelledImage(split, class_name, name, partial(bytes, content))
-        for (split, class_name, name), content in ((key.split("/"), c) for key, c in members(one.path).items())
-    ]
+    present = present_of(one.path)
     with labelled.open_folder(write_files(tmp_path / "b", files), LIMITS, tmp_path, ["cat", "dog"], 0.3) as grown:
         more = labelled.write_archive(grown, present, tmp_path / "grown")
     assert len(members(more.path)) == len(files) == len(members(one.path)) + 1
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == sorted([one.path.name, both.path.name])
+
+
+def present_of(archive: Path) -> list[labelled.LabelledImage]:
+    """What `current_extra` has when the archive has been promoted."""
+    images = []
+    for path, content in members(archive).items():
+        split, class_name, name = path.split("/")
+        digest = hashlib.sha256(content).hexdigest()
+        images.append(labelled.LabelledImage(split, class_name, name, partial(bytes, content), digest=digest))
+    return images
+
+
+def test_an_image_stays_on_the_side_where_an_earlier_retraining_had_it(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "labels", flat())
+    with labelled.open_folder(folder, LIMITS, tmp_path, ["cat", "dog"], 0.3) as first:
+        one = labelled.write_archive(first, [], tmp_path / "cache")
+    write_files(folder, {f"cat/new-{i}.jpg": encoded(picture(900 + i)) for i in range(40)})
+    with labelled.open_folder(folder, LIMITS, tmp_path, ["cat", "dog"], 0.9, present_of(one.path)) as again:
+        two = labelled.write_archive(again, present_of(one.path), tmp_path / "cache")
+        sides = {image[1:3]: image.split for image in again.images}
+    before, after = members(one.path), members(two.path)
+    assert before.items() <= after.items()
+    assert {sides[image[1:3]] for image in first.images if image.split == "train"} == {"train"}
+    assert len(after) == len(before) + 40
+    assert sum(name.startswith("val/") for name in after) > sum(name.startswith("val/") for name in before) + 20
+
+
+def test_a_label_that_was_corrected_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "labels", flat())
+    with labelled.open_folder(folder, LIMITS, tmp_path, ["cat", "dog"], 0.3) as first:
+        one = labelled.write_archive(first, [], tmp_path / "cache")
+    (folder / "cat/3.jpg").rename(folder / "dog/was-a-cat.jpg")
+    with labelled.open_folder(folder, LIMITS, tmp_path, ["cat", "dog"], 0.3, present_of(one.path)) as again:
+        two = labelled.write_archive(again, present_of(one.path), tmp_path / "cache")
+    assert sorted(members(two.path).values()) == sorted(members(one.path).values())
+    (moved,) = members(two.path).keys() - members(one.path).keys()
+    assert moved.endswith("-was-a-cat.jpg")
+    assert moved.split("/")[1] == "dog"
+
+
+def test_what_is_trained_on_cannot_be_held_out(tmp_path: Path) -> None:
+    files = image_files(num_train=3, num_val=2)
+    on_both_sides = files | {"val/cat/copy.jpg": files["train/cat/1.jpg"]}
+    with pytest.raises(InputError, match=r"val/cat/copy\.jpg is to be held out, and is trained on, too"):
+        open_labelled(write_files(tmp_path / "labels", on_both_sides), tmp_path)
+    with labelled.open_folder(write_files(tmp_path / "a", files), LIMITS, tmp_path, ["cat", "dog"], 0.3) as first:
+        one = labelled.write_archive(first, [], tmp_path / "cache")
+    swapped = {
+        name.replace("train", "x").replace("val", "train").replace("x", "val"): content
+        for name, content in files.items()
+    }
+    folder = write_files(tmp_path / "b", swapped)
+    with (
+        pytest.raises(
+            InputError, match=r"val/cat/0\.jpg is to be held out, and is trained on, too, here or by an earl"
+        ),
+        labelled.open_folder(folder, LIMITS, tmp_path, ["cat", "dog"], 0.3, present_of(one.path)),
+    ):
+        pass
 
 
 def test_an_archive_that_fails_leaves_nothing(tmp_path: Path) -> None:

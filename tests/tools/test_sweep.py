@@ -18,11 +18,14 @@ from optuna.distributions import BaseDistribution, FloatDistribution, IntDistrib
 from optuna.trial import TrialState
 from ruamel.yaml import YAML
 
+from stages.core.errors import InputError
+from stages.core.params import read_params
 from stages.core.runtime import num_cpus
-from tests.helpers import PATIENCE, run, start, step_reached, wait_until
+from tests.helpers import DEFAULT_PARAMS, PATIENCE, ROOT, run, start, step_reached, wait_until
 from tools.shared import dvc_queue
+from tools.shared import overrides as settings
 from tools.shared.overrides import parse
-from tools.sweep.command import check_queue, direction_of, gpus
+from tools.sweep.command import _typed, check_queue, direction_of, gpus
 from tools.sweep.study import Question, counted, distribution
 from tools.sweep.trials import Run, Sweep
 
@@ -66,6 +69,31 @@ def test_a_range_of_decimals_has_all_its_values() -> None:
         assert found.step == step / 100
         assert round(found.low * 100) == low
         assert round(found.high * 100) == low + (count - 1) * step, word
+
+
+@pytest.mark.parametrize(
+    ("word", "now", "kind"),
+    [
+        ("train.flip=interval(0,1)", 0, FloatDistribution),
+        ("train.ema_decay=interval(0.9,0.999)", 0, FloatDistribution),
+        ("train.grad_clip=interval(1,5)", 1, FloatDistribution),
+        ("train.epochs=interval(2,9)", 4, IntDistribution),
+    ],
+)
+def test_a_key_that_is_written_as_a_whole_number_may_take_fractions(
+    word: str, now: int, kind: type[BaseDistribution], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    (override,) = parse([word])[1]
+    base = settings.changed(read_params(DEFAULT_PARAMS), {override.key_or_group: now})
+    assert isinstance(distribution(override, _typed(base, override)), kind)
+
+
+def test_whole_numbers_have_whole_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    (override,) = parse(["train.epochs=interval(2.5,9)"])[1]
+    with pytest.raises(InputError, match=r"^train\.epochs=interval\(2\.5,9\): train\.epochs is a whole number"):
+        distribution(override, 4)
 
 
 def test_what_is_searched_is_not_shared_out() -> None:

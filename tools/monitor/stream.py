@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from stages.core.detector import Detector, Judgement
 from stages.core.errors import InputError
 from stages.core.features import Extractor
-from stages.core.production import ImageFile, distinct, is_image_name, lines_of_stdin, printable, read_images
+from stages.core.production import ImageFile, distinct, is_image_name, lines_of_stdin, printable, read_images, walk
 
 _POLL_SECONDS = 0.5
 _SETTLED_SECONDS = 0.5  # a file that was written to later may be unfinished
@@ -181,7 +181,7 @@ def _can_be_listed(folder: Path) -> bool:
 
 def _image_files(folder: Path) -> Iterator[_File]:
     """Image files below a folder, while others remove some."""
-    for parent, _, names in os.walk(folder):
+    for parent, names in walk(folder):
         for name in names:
             path = Path(parent, name)
             if is_image_name(path.relative_to(folder).as_posix()):

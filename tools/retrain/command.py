@@ -63,18 +63,20 @@ def main(arguments: argparse.Namespace) -> int:
             experiment.forget_promotion()
         head = experiment.check_repository()
         params = load_params(Params)  # not before: a promotion that was broken off may have left half of the file
-        with _labelled_images(arguments.labels, simulated, params, scratch) as images:
+        present = labelled.current_extra() if params.data.extra is not None else []
+        with _labelled_images(arguments.labels, simulated, params, scratch, present) as images:
             verdict = _ask_monitor(arguments.images, scratch)
             summary["monitor"] = verdict
             if verdict["status"] != "harmful":
                 return _report(arguments, summary | {"decision": "nothing to do", "reason": _no_harm(verdict)})
             print(f"retrain: harmful drift, {_numbers(verdict)}", flush=True)
-            return _report(arguments, _retrain(summary, images, params, head, lock, scratch))
+            return _report(arguments, _retrain(summary, images, present, params, head, lock, scratch))
 
 
 def _retrain(
     summary: dict[str, Any],
     images: labelled.LabelledSet,
+    present: list[labelled.LabelledImage],
     params: Params,
     head: str,
     lock: int,
@@ -93,7 +95,7 @@ def _retrain(
     if reason := no_damage(now):
         before = {"clean_before": clean, "drifted_before": drifted}
         return summary | {"decision": "not promoted", "reason": reason, "accuracy": before}
-    overrides, needed = _overrides(summary["start"], params, images, head)
+    overrides, needed = _overrides(summary["start"], params, images, present, head)
     name = experiment.experiment_name(head, overrides)
     print(
         f"retrain: {num_train:,} labelled images to train on, {num_held_out:,} held out (top-1 {drifted:.4f}, "
@@ -152,7 +154,11 @@ def _retrain(
 
 @contextmanager
 def _labelled_images(
-    labels: str, simulated: tuple[str, int] | None, params: Params, scratch: Path
+    labels: str,
+    simulated: tuple[str, int] | None,
+    params: Params,
+    scratch: Path,
+    present: list[labelled.LabelledImage],
 ) -> Iterator[labelled.LabelledSet]:
     if simulated is not None:
         yield labelled.simulate(*simulated, params.retrain.simulated_share)
@@ -160,7 +166,8 @@ def _labelled_images(
     data = params.data
     limits = Limits(files=data.max_files, total_bytes=data.max_bytes, ratio=data.max_ratio)
     classes = load_meta().class_ids
-    with labelled.open_folder(Path(labels).expanduser(), limits, scratch, classes, params.retrain.held_out) as images:
+    folder, held_out = Path(labels).expanduser(), params.retrain.held_out
+    with labelled.open_folder(folder, limits, scratch, classes, held_out, present) as images:
         yield images
 
 
@@ -204,10 +211,13 @@ def _ask_monitor(
 
 
 def _overrides(
-    start: Literal["current", "scratch"], params: Params, images: labelled.LabelledSet, head: str
+    start: Literal["current", "scratch"],
+    params: Params,
+    images: labelled.LabelledSet,
+    present: list[labelled.LabelledImage],
+    head: str,
 ) -> tuple[dict[str, experiment.Value], list[Path]]:
     """What the experiment changes of params.yaml, and the files that these name, which are written."""
-    present = labelled.current_extra() if params.data.extra is not None else []
     archive = labelled.write_archive(images, present, kept.FOLDER)
     overrides: dict[str, experiment.Value] = {
         "data.extra": archive.path.as_posix(),

@@ -10,7 +10,7 @@ import hashlib
 import io
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,7 @@ class LabelledImage(NamedTuple):
     file_name: str
     read: Callable[[], bytes]
     key: str = ""  # 8 hex digits that keep its name apart in the archive: of its content, or of how it was simulated
+    digest: str = ""  # SHA-256 of its content, 64 hex digits; of a simulated image it is not known
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,20 @@ class Archive:
 
 @contextmanager
 def open_folder(
-    path: Path, limits: Limits, scratch: Path, classes: list[str], held_out: float
+    path: Path,
+    limits: Limits,
+    scratch: Path,
+    classes: list[str],
+    held_out: float,
+    present: Sequence[LabelledImage] = (),
 ) -> Iterator[LabelledSet]:
     """Labelled images of a folder or archive: `train/<class>/*`, `val/<class>/*` as they are, `<class>/*` split here.
 
-    Which side an image is on depends on its content only, so that copies are on the same. Raises InputError for what
-    `data.extra` refuses, and when a side has no image.
+    Which side an image is on depends on its content only, so that copies are on the same; one that is `present` from
+    an earlier retraining stays on its side. Raises InputError for what `data.extra` refuses, when a side has no image,
+    and when one is held out that is trained on.
     """
+    earlier = {image.digest: image.split for image in present}
     if not path.exists():
         raise InputError(f"--labels: {path}: no such file or folder")
     with open_labelled(path, limits, scratch, classes) as files:
@@ -81,13 +89,23 @@ def open_folder(
             name, content = f"{file.class_name}/{file.file_name}", file.member.read()
             check_is_image(content, f"{path}: {name if given == 'all' else f'{given}/{name}'}")
             own = hashlib.sha256(content)
-            split = _side(own.hexdigest(), held_out) if given == "all" else given
-            images.append(LabelledImage(split, *file[:2], file.member.read, own.hexdigest()[:8]))
+            side = earlier.get(own.hexdigest()) or _side(own.hexdigest(), held_out)
+            split = side if given == "all" else given
+            key = own.hexdigest()[:8]
+            images.append(LabelledImage(split, *file[:2], file.member.read, key, own.hexdigest()))
             digest.update(f"{split}/{name}\0".encode() + own.digest())
         labelled = LabelledSet(str(path), digest.hexdigest()[:8], images)
         for split, purpose in zip(SPLITS, ("train on", "hold out"), strict=True):
             if not labelled.count(split):
                 raise InputError(f"--labels: {path}: {len(images)} labelled images, none of them to {purpose}")
+        trained_on = {image.digest for image in (*images, *present) if image.split == "train"}
+        for image in images:
+            if image.split == "val" and image.digest in trained_on:
+                name = f"val/{image.class_name}/{image.file_name}"
+                raise InputError(
+                    f"--labels: {path}: {name} is to be held out, and is trained on, too, here or by an earlier "
+                    "retraining: what is held out must be new to the model; keep each image on one side"
+                )
         yield labelled
 
 
@@ -138,15 +156,19 @@ def current_extra() -> list[LabelledImage]:
                 if is_extra(info.name):
                     class_name, name = info.name.split("/")
                     read = _range_reader(path, info.offset_data, info.size)
-                    images.append(LabelledImage(split, class_name, name.removeprefix(EXTRA_PREFIX), read))
+                    digest = hashlib.sha256(read()).hexdigest()
+                    name = name.removeprefix(EXTRA_PREFIX)
+                    images.append(LabelledImage(split, class_name, name, read, digest=digest))
     return images
 
 
 def write_archive(labelled: LabelledSet, present: list[LabelledImage], folder: Path) -> Archive:
     """Write `folder/labelled-<hash>.tar`, whole or not at all; the same images give the same bytes and name.
 
-    An image that an earlier retraining has added already is in it once.
+    An image that an earlier retraining has added already is in it once, with the label that it has now.
     """
+    known = {image.digest for image in labelled.images}
+    present = [image for image in present if image.digest not in known]
     new = [image._replace(file_name=f"{image.key}-{image.file_name}") for image in labelled.images]
     by_name = {image[:3]: image for image in [*present, *new]}
     folder.mkdir(parents=True, exist_ok=True)

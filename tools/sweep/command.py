@@ -16,15 +16,18 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import math
 import os
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+from hydra.core.override_parser.types import IntervalSweep, Override
 from ruamel.yaml import YAML
 
 from stages.core.errors import InputError, run_main
@@ -51,10 +54,7 @@ def main(arguments: argparse.Namespace) -> int:
     fixed = {o.key_or_group: settings.plain(o.value()) for o in overrides if not o.is_sweep_override()}
     base = settings.compose_params(recipes, fixed)
     where = settings.origin(recipes)
-    current = settings.flat(base)
-    space = {
-        o.key_or_group: studies.distribution(o, current[o.key_or_group]) for o in overrides if o.is_sweep_override()
-    }
+    space = {o.key_or_group: studies.distribution(o, _typed(base, o)) for o in overrides if o.is_sweep_override()}
     if not space:
         raise InputError("nothing to search; name a range, as in 'train.lr=tag(log,interval(0.001,0.1))'")
     if twice := fixed.keys() & space.keys():
@@ -67,7 +67,7 @@ def main(arguments: argparse.Namespace) -> int:
     if not name.replace("-", "").replace("_", "").isalnum():
         raise InputError(f"--study {name}: letters, digits, - and _ only (it names the experiments)")
     if arguments.devices is None:
-        arguments.devices = gpus() if current["runtime.device"] in ("auto", "cuda") else []
+        arguments.devices = gpus() if base["runtime"]["device"] in ("auto", "cuda") else []
     if arguments.seed >= 2**31:
         raise InputError(f"--seed: {arguments.seed} must be below {2**31}")
     measures = stage_of(question.metric.partition(":")[0])
@@ -144,6 +144,18 @@ def stage_of(metric_file: str) -> str:
 def reaches(target: str, stage: str) -> bool:
     """Whether running the pipeline up to `target` runs `stage`; InputError where there is no such target."""
     return f'"{stage}"' in commands.dvc("dag", "--dot", target)
+
+
+def _typed(base: Mapping[str, Any], override: Override) -> settings.Value:
+    """A key's value in `base`, as a float where it is written as an integer and a fraction would do as well."""
+    key, swept = override.key_or_group, override.value()
+    current = settings.flat(base)[key]
+    if isinstance(current, int) and not isinstance(current, bool) and isinstance(swept, IntervalSweep):
+        within = float(swept.start or 0) + (float(swept.end or 0) - float(swept.start or 0)) / math.pi
+        with suppress(InputError):
+            settings.check(settings.changed(base, {key: within}), key)
+            return float(current)
+    return current
 
 
 def check_metric(metric: str) -> None:

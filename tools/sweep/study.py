@@ -86,6 +86,8 @@ def distribution(override: Override, current: Value) -> BaseDistribution:
             raise InputError(f"{word}: log goes with interval(...) and range(...)")
         # Optuna takes scalars only: choices are written as in an override.
         return CategoricalDistribution([settings.quoted(value) for value in values])
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(f"{word}: {error}") from None
 

@@ -332,6 +332,17 @@ def test_images_of_formats_that_are_not_read_are_told_of(tmp_path: Path) -> None
     assert "readable formats: JPEG, PNG" in found.skipped[0][1]
 
 
+def test_folders_are_read_through_links_and_once(tmp_path: Path) -> None:
+    write_files(tmp_path / "elsewhere", FILES)
+    write_files(tmp_path / "images", {"own.png": FILES["a.PNG"]})
+    (tmp_path / "images/camera").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "images/loop").symlink_to(tmp_path / "images")
+    (tmp_path / "images/nowhere").symlink_to(tmp_path / "nowhere")
+    found = read(tmp_path / "images")
+    folder = tmp_path / "images"
+    assert found.names == [*(str(folder / "camera" / name) for name in NAMES), str(folder / "own.png")]
+
+
 def test_a_folder_that_is_hidden_itself_is_read(tmp_path: Path) -> None:
     assert len(read(write_files(tmp_path / ".frames", FILES)).images) == 4
 
