@@ -286,8 +286,8 @@ def test_a_folder_is_watched_whatever_its_clock_says_and_whoever_removes_some(
     assert {Path(next(found).name).parent.name for _ in range(3)} == {"2"}
     walk = os.walk
 
-    def walk_late(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-        for parent, folders, names in walk(folder):
+    def walk_late(folder: Path, **options: Any) -> Iterator[tuple[str, list[str], list[str]]]:
+        for parent, folders, names in walk(folder, **options):
             if Path(parent).name == "1" and len(names) == 3:
                 (Path(parent) / names[0]).unlink()  # listed, and gone
             yield parent, folders, names
