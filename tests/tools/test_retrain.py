@@ -217,6 +217,16 @@ def test_an_image_stays_on_the_side_where_an_earlier_retraining_had_it(tmp_path:
     assert sum(name.startswith("val/") for name in after) > sum(name.startswith("val/") for name in before) + 20
 
 
+def test_an_image_that_an_earlier_retraining_had_on_both_sides_is_trained_on(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "labels", flat())
+    with labelled.open_folder(folder, LIMITS, tmp_path, ["cat", "dog"], 0.3) as first:
+        one = labelled.write_archive(first, [], tmp_path / "cache")
+    present = present_of(one.path)
+    present.append(next(image for image in present if image.split == "train")._replace(split="val"))
+    with labelled.open_folder(folder, LIMITS, tmp_path, ["cat", "dog"], 0.3, present) as again:
+        assert [image[:3] for image in again.images] == [image[:3] for image in first.images]
+
+
 def test_a_label_that_was_corrected_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
     folder = write_files(tmp_path / "labels", flat())
     with labelled.open_folder(folder, LIMITS, tmp_path, ["cat", "dog"], 0.3) as first:

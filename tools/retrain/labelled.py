@@ -79,7 +79,8 @@ def open_folder(
     an earlier retraining stays on its side. Raises InputError for what `data.extra` refuses, when a side has no image,
     and when one is held out that is trained on.
     """
-    earlier = {image.digest: image.split for image in present}
+    # What is on both sides, as retrainings of before could have it, was trained on.
+    earlier = {image.digest: image.split for image in sorted(present, key=lambda image: image.split == "train")}
     if not path.exists():
         raise InputError(f"--labels: {path}: no such file or folder")
     with open_labelled(path, limits, scratch, classes) as files:
