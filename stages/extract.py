@@ -16,6 +16,7 @@ import difflib
 import hashlib
 import io
 import os
+import sys
 import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -86,23 +87,25 @@ class Params(Section):
 def main(params: Params) -> None:
     """Write data/raw/ from `data.source` and `data.extra`, or leave it as it was and raise InputError."""
     with stage_summary("extract") as made, replace_directory(RAW) as out:
-        extra = None
+        extra, copies = None, _Copies()
         with ExitStack() as stack:
             source = stack.enter_context(_open_source(params, out))
             further = stack.enter_context(_open_extra(params, source, out))
             counts = source.counts
             for split in SPLITS:
-                _write_tar(out / f"{split}.tar", source.images[split], split, source.counts[split])
+                _write_tar(out / f"{split}.tar", source.images[split], split, source.counts[split], copies)
                 _refuse_prefix(out / f"{split}.tar", split)
             found = content_hash(out)
             if params.data.source == "sample" or os.path.isdir(_path(params.data.source)):
                 _check_content(params.data, found)
             if further is not None:
-                extra = _add_extra(params.data, further, out)
+                extra = _add_extra(params.data, further, out, copies)
                 counts = {split: counts[split] + extra.num_images[split] for split in SPLITS}
                 found = content_hash(out)
         info = SourceInfo(classes=source.classes, num_images=counts, sha256=found, extra=extra)
         write_json(out / "source.json", info.model_dump(exclude_none=True))
+        for line in copies.remarks():
+            print(f"extract: {params.data.source}: {line}", file=sys.stderr)
         shown = " + ".join(f"{counts[split]:,} {split}" for split in SPLITS)
         added = f", {sum(extra.num_images.values()):,} of them from {params.data.extra}," if extra else ""
         made.append(f"{shown} images of {len(source.classes)} classes from {params.data.source}{added} in {RAW}")
@@ -115,6 +118,34 @@ class _Source:
     classes: list[str]
     counts: dict[str, int]
     images: dict[str, Iterable[LabelledImage]]
+
+
+class _Copies:
+    """Images that are the same file, and should not be: on both sides, or of two classes."""
+
+    def __init__(self) -> None:
+        self._first: dict[bytes, str] = {}  # name by hash of the content
+        self._across: list[str] = []
+        self._contradicting: list[str] = []
+
+    def note(self, name: str, content: bytes) -> None:
+        """Look at an image, `<split>/<class>/<image>`."""
+        first = self._first.setdefault(hashlib.sha256(content).digest()[:16], name)
+        (split, class_name, _), (first_split, first_class, _) = name.split("/"), first.split("/")
+        if split != first_split:
+            self._across.append(f"{name} is {first}")
+        if class_name != first_class:
+            self._contradicting.append(f"{name} is {first}")
+
+    def remarks(self) -> Iterator[str]:
+        """A line on each kind of them."""
+        if found := self._across:
+            yield (
+                f"{_images_are(len(found))} in train and in val ({_some(found)}): accuracy is in part measured on what "
+                "was trained on; keep each on one side"
+            )
+        if found := self._contradicting:
+            yield f"{_images_are(len(found))} in two classes ({_some(found)}): only one label can be right"
 
 
 @contextmanager
@@ -179,7 +210,7 @@ def _limits(data: DataParams) -> Limits:
     return Limits(files=data.max_files, total_bytes=data.max_bytes, ratio=data.max_ratio)
 
 
-def _add_extra(data: DataParams, extra: _Source, out: Path) -> ExtraInfo:
+def _add_extra(data: DataParams, extra: _Source, out: Path, copies: _Copies) -> ExtraInfo:
     """Append the images of `data.extra` to the tars."""
     digest = hashlib.sha256()
 
@@ -190,7 +221,7 @@ def _add_extra(data: DataParams, extra: _Source, out: Path) -> ExtraInfo:
 
     for split in SPLITS:
         tar = out / f"{split}.tar"
-        _write_tar(tar, renamed(split), split, extra.counts[split], mode="a")
+        _write_tar(tar, renamed(split), split, extra.counts[split], copies, mode="a")
     found = digest.hexdigest()
     is_folder = os.path.isdir(_path(data.extra or ""))
     if is_folder and data.extra_sha256 and data.extra_sha256.lower() != found:
@@ -267,7 +298,12 @@ def _check_content(data: DataParams, found: str) -> None:
 
 
 def _write_tar(
-    path: Path, images: Iterable[LabelledImage], split: str, total: int, mode: Literal["w", "a"] = "w"
+    path: Path,
+    images: Iterable[LabelledImage],
+    split: str,
+    total: int,
+    copies: _Copies,
+    mode: Literal["w", "a"] = "w",
 ) -> None:
     """Write (or append) the images in the order given; the same images give the same bytes.
 
@@ -283,14 +319,23 @@ def _write_tar(
                 reason = reason or str(error)
                 refused.append(name)
                 continue
+            copies.note(name, content)
             info = tarfile.TarInfo(f"{class_name}/{file_name}")
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
             tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every member otherwise
     if refused:
-        others = ", ".join(refused[1:_MOST_NAMES]) + (", ..." if len(refused) > _MOST_NAMES else "")
-        more = f" and {len(refused) - 1:,} more of the kind ({others})" if others else ""
+        others = refused[1:]
+        more = f" and {len(others):,} more of the kind ({_some(others)})" if others else ""
         raise InputError(f"{reason}; remove it{more}: preprocess.on_bad_image is for damage further in")
+
+
+def _images_are(count: int) -> str:
+    return "1 image is" if count == 1 else f"{count:,} images are"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_MOST_NAMES]) + (", ..." if len(names) > _MOST_NAMES else "")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -103,12 +104,13 @@ class Extractor:
         return torch.cat(logits).numpy()
 
     def adapted_to_all(self, images: NDArray[np.uint8]) -> NDArray[np.float32] | None:
-        """`adapted_logits` in groups as large as can be, the same ones in whatever order the images come.
+        """`adapted_logits` in as few groups as can be, of equal size, the same ones in whatever order the images come.
 
         A folder lists its images class by class. Batch norms that are adapted to one class alone misjudge it.
         """
         order = np.argsort([zlib.crc32(image.tobytes()) for image in images], kind="stable")
-        mixed = self.adapted_logits(images, len(images), order)
+        num_groups = math.ceil(len(images) / LARGEST_GROUP)
+        mixed = self.adapted_logits(images, math.ceil(len(images) / num_groups), order)
         if mixed is None:
             return None
         logits = np.empty_like(mixed)

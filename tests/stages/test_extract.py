@@ -102,7 +102,7 @@ BAD_SETS: dict[str, tuple[Callable[[dict[str, bytes]], dict[str, bytes]], str]] 
     "many files that are no images": (
         lambda files: files | {f"train/cat/{name:02}.jpg": b"" for name in range(50, 65)},
         r"train/cat/50\.jpg: is empty; .*; remove it and 14 more of the kind "
-        r"\(train/cat/51\.jpg, .*, train/cat/59\.jpg, \.\.\.\)",
+        r"\(train/cat/51\.jpg, .*, train/cat/60\.jpg, \.\.\.\)",
     ),
     "other classes": (lambda files: files | {"train/cow/0.jpg": encoded(picture())}, "cow only in train/"),
     "no val": (lambda files: {k: v for k, v in files.items() if k.startswith("train")}, "no folder has both"),
@@ -272,6 +272,38 @@ def test_a_refused_extra_set_leaves_what_was_there(case: str, workspace: Path, t
         run_stage(workspace, data__extra=str(write_files(tmp_path / "extra", files)))
     assert raw(workspace) == before
     assert [path.name for path in (workspace / "data").iterdir()] == ["raw"]
+
+
+def test_copies_across_train_and_val_and_classes_are_told_of(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = image_files()
+    run_stage(workspace, data__source=str(write_files(tmp_path / "without", files)))
+    assert capsys.readouterr().err == ""
+    files["train/cat/again.jpg"] = files["train/cat/0.jpg"]  # does no harm
+    files["train/dog/of-a-cat.jpg"] = files["train/cat/1.jpg"]
+    files |= {f"val/cat/copy-{i}.jpg": files[f"train/cat/{i}.jpg"] for i in (0, 1)}
+    run_stage(workspace, data__source=str(write_files(tmp_path / "with", files)))
+    assert capsys.readouterr().err.splitlines() == [
+        f"extract: {tmp_path / 'with'}: 2 images are in train and in val (val/cat/copy-0.jpg is train/cat/0.jpg, "
+        "val/cat/copy-1.jpg is train/cat/1.jpg): accuracy is in part measured on what was trained on; keep each on one "
+        "side",
+        f"extract: {tmp_path / 'with'}: 1 image is in two classes (train/dog/of-a-cat.jpg is train/cat/1.jpg): only "
+        "one label can be right",
+    ]
+
+
+def test_copies_that_extra_images_bring_are_told_of(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_files(tmp_path / "source", image_files())
+    files = {"train/cat/a.jpg": image_files()["val/dog/0.jpg"], "val/cat/b.jpg": encoded(picture(999))}
+    extra = write_files(tmp_path / "extra", files)
+    run_stage(workspace, data__source=str(source), data__extra=str(extra))
+    assert [line.split(": ")[2] for line in capsys.readouterr().err.splitlines()] == [
+        "1 image is in train and in val (train/cat/extra-a.jpg is val/dog/0.jpg)",
+        "1 image is in two classes (train/cat/extra-a.jpg is val/dog/0.jpg)",
+    ]
 
 
 def test_a_source_with_names_of_extra_images_is_refused(workspace: Path, tmp_path: Path) -> None:

@@ -27,8 +27,9 @@ from PIL import Image
 
 from stages.core.archive import Limits
 from stages.core.corruptions import corrupt
-from stages.core.dataset import load_meta, load_split
+from stages.core.dataset import PROCESSED, load_meta, load_split
 from stages.core.errors import InputError, Stopped
+from stages.core.output import write_json
 from stages.core.params import load_params
 from tests.helpers import (
     PATIENCE,
@@ -278,12 +279,28 @@ def test_simulated_images_are_the_packs_corrupted_and_lossless(packed: Path) -> 
     archive = labelled.write_archive(simulated, [], packed / "cache")
     assert labelled.write_archive(labelled.simulate("fog", 4, 1.0), [], packed / "cache") == archive
     pixels, labels, _ = load_split("val", meta)
-    content = members(archive.path)[f"val/{meta.class_ids[labels[3]]}/{simulated.key}-0000003.png"]
+    content = members(archive.path)[
+        f"val/{meta.class_ids[labels[3]]}/{simulated.images[len(load_split('train', meta).labels) + 3].key}-0000003.png"
+    ]
     expected = corrupt(pixels[3:4], "fog", 4, np.array([3]), 2)[0]
     assert (np.asarray(Image.open(io.BytesIO(content))) == expected).all()
     fewer = labelled.simulate("fog", 4, 0.5)
     assert 0.25 < fewer.count("train") / meta.num_images["train"] < 0.75
     assert fewer.count("val") == meta.num_images["val"]
+    assert fewer.key != simulated.key
+
+
+def test_another_simulation_of_a_kind_adds_no_image_twice(packed: Path) -> None:
+    """A promotion changes the pack, as it holds what was added."""
+    fewer = labelled.simulate("fog", 4, 0.5)
+    present = present_of(labelled.write_archive(fewer, [], packed / "cache").path)
+    meta = json.loads((PROCESSED / "meta.json").read_text())
+    write_json(PROCESSED / "meta.json", meta | {"sha256": "0" * 64})
+    everything = labelled.simulate("fog", 4, 1.0)
+    both = members(labelled.write_archive(everything, present, packed / "cache").path)
+    assert len(both) == len(everything.images)
+    other = labelled.write_archive(labelled.simulate("fog", 3, 1.0), present, packed / "cache").path
+    assert len(members(other)) == len(everything.images) + len(fewer.images)
 
 
 # --- overrides ----------------------------------------------------------------------------------------------------

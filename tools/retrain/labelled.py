@@ -113,11 +113,11 @@ def open_folder(
 def simulate(kind: str, severity: int, share: float) -> LabelledSet:
     """The packed training images (`share` of them) and validation images, corrupted; those of `data.extra` left out."""
     meta = load_meta()
-    key = hashlib.sha256(f"{kind} {severity} {share} {meta.sha256}".encode()).hexdigest()[:8]
     images: list[LabelledImage] = []
     for split in SPLITS:
         packed = load_split(split, meta)
         check_images(packed)
+        assert packed.checksums is not None
         rows: NDArray[np.int64] = np.flatnonzero([not is_extra(name) for name in load_file_names(split)])
         if split == "train" and share < 1:
             rows = rows[uniforms(0, 0, rows, 1)[:, 0] < share]
@@ -127,11 +127,12 @@ def simulate(kind: str, severity: int, share: float) -> LabelledSet:
                 meta.class_ids[packed.labels[i]],
                 f"{i:07d}.png",
                 _corrupted(packed.images, i, split, kind, severity),
-                key,
+                _short_hash(f"{kind} {severity} {packed.checksums[i]}"),  # the same at another simulation of the kind
             )
             for i in rows.tolist()
         ]
-    labelled = LabelledSet(f"{kind}:{severity}", key, images)
+    names = [f"{image.split}/{image.class_name}/{image.key}-{image.file_name}" for image in images]
+    labelled = LabelledSet(f"{kind}:{severity}", _short_hash(f"{kind} {severity} {' '.join(names)}"), images)
     if not labelled.count("train"):
         raise InputError(f"params.yaml: retrain.simulated_share: {share} leaves no training image")
     return labelled
@@ -191,6 +192,10 @@ def write_archive(labelled: LabelledSet, present: list[LabelledImage], folder: P
     finally:
         temporary.unlink(missing_ok=True)
     return Archive(path, sha256)
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _side(digest: str, held_out: float) -> str:

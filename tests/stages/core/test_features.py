@@ -206,6 +206,21 @@ def test_the_order_of_images_does_not_matter(monkeypatch: pytest.MonkeyPatch) ->
     assert not np.allclose(looking.adapted_logits(images[order], 4), again, atol=1e-3)  # type: ignore[arg-type]
 
 
+def test_one_image_more_than_a_group_is_not_adapted_to_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    logits = Extractor._logits
+
+    def noted(self: Extractor, images: NDArray[np.uint8]) -> Tensor:
+        sizes.append(len(images))
+        return logits(self, images)
+
+    monkeypatch.setattr(Extractor, "_logits", noted)
+    monkeypatch.setattr(module, "LARGEST_GROUP", 8)
+    for count in (8, 9, 16, 25):
+        assert extractor().adapted_to_all(clouds(count, 32, 32)) is not None
+    assert sizes == [8, 5, 4, 8, 8, 7, 7, 7, 4]
+
+
 def test_images_are_not_copied_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LARGEST_GROUP", 16)
     images = clouds(256, 32, 32)
