@@ -152,7 +152,7 @@ def main(params: Params) -> None:
             clean, sizes, knobs.axes, knobs.alpha, knobs.resplits, detector.num_windows(knobs.alpha), knobs.seed
         )
         accuracy = float((clean.logits[undrifted_check].argmax(axis=1) == labels[undrifted_check]).mean())
-        summary = drift_summary.summary(detector, accuracy, alarms, measured)
+        summary = drift_summary.summary(detector.spec, accuracy, alarms, measured)
         severities = drift_summary.severity_rows(measured)
         powers = drift_summary.power_rows(measured, alarms)
         estimates = drift_summary.estimate_rows(measured)

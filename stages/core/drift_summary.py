@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from stages.core.corruptions import STANDARD_KINDS
-from stages.core.detector import Detector, verdict
+from stages.core.detector import DetectorSpec, verdict
 from stages.core.drift_check import AlarmRates, Measured
 
 Row = dict[str, Any]
@@ -16,10 +16,9 @@ OUR_ESTIMATE = "adapted"
 
 
 def summary(
-    detector: Detector, clean_accuracy: float, alarms: dict[int, AlarmRates], measured: Sequence[Measured]
+    spec: DetectorSpec, clean_accuracy: float, alarms: dict[int, AlarmRates], measured: Sequence[Measured]
 ) -> dict[str, Any]:
     """metrics/drift.json: rates over the 15 standard kinds and 5 severities; accuracies and errors as shares."""
-    spec = detector.spec
     standard = [one for one in measured if one.kind in STANDARD_KINDS]
     harmful = [one for one in standard if clean_accuracy - one.accuracy > spec.max_drop]
     shares = sorted({share for one in standard for share in one.contaminated})
