@@ -35,8 +35,11 @@ if [ -n "${GDRIVE_CREDENTIALS_DATA:-}" ]; then
     || fail "$origin is not JSON: give the text of the service account's key file, not its path and not base64"
   own_configuration
   printf '%s' "$GDRIVE_CREDENTIALS_DATA" > "$DVC_GLOBAL_CONFIG_DIR/gdrive-key.json"
-  printf "['remote \"%s\"']\n    gdrive_service_account_json_file_path = %s\n" \
-    "${GDRIVE_REMOTE:-gdrive}" "$DVC_GLOBAL_CONFIG_DIR/gdrive-key.json" >> "$DVC_GLOBAL_CONFIG_DIR/config"
+  # For every remote of the repository on Google Drive: a section of one that is not there would break every command.
+  dvc remote list 2> /dev/null | awk '$2 ~ /^gdrive:/ { print $1 }' | while read -r remote; do
+    printf "['remote \"%s\"']\n    gdrive_service_account_json_file_path = %s\n" \
+      "$remote" "$DVC_GLOBAL_CONFIG_DIR/gdrive-key.json" >> "$DVC_GLOBAL_CONFIG_DIR/config"
+  done
   key="a"
 fi
 if [ -n "${DVC_CACHE_DIR:-}" ]; then

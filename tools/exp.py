@@ -82,7 +82,7 @@ def _values(override: Override) -> list[Value]:
             f"{override.input_line}: an interval has no list of values to queue; let Optuna pick from it: "
             f"python -m tools.sweep {shlex.quote(str(override.input_line))}"
         )
-    return [settings.plain(value) for value in override.sweep_iterator(transformer=lambda value: value)]
+    return settings.swept_values(override)
 
 
 def main(arguments: argparse.Namespace) -> int:

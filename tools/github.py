@@ -62,6 +62,8 @@ class GitHub:
             raise ConnectionError(
                 f"{method} {path}: GitHub does not answer ({status}: {words[:200]}); run the job again"
             )
+        if status == 410 and "/issues" in path:
+            raise InputError(f"{method} {path}: switch Issues on (Settings, General, Features): {words[:200]}")
         if status >= 300:
             raise InputError(
                 f"{method} {path}: GitHub refuses it ({status}: {words[:200]}); does the job have the permission?"

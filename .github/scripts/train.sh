@@ -28,6 +28,11 @@ if [ -n "${BATCH:-}" ]; then
   bash .github/scripts/batch.sh "${BATCHES:?}" "${RUNNER_TEMP:?}/production" "$BATCH"
   bash .github/scripts/batch.sh "${LABELS:?}" "$RUNNER_TEMP/labels" "$BATCH"
   dvc repro # what the remote lacks: the images are not pushed
+  # Results that this runner made anew are in their last bits others, and a retraining begins with a commit.
+  if ! git diff --quiet -- dvc.lock metrics plots; then
+    git commit --quiet --message "Results of this runner" -- dvc.lock metrics plots
+    before=$(git rev-parse HEAD)
+  fi
   summary=$RUNNER_TEMP/retrain.json
   rm -f "$summary"
   status=0

@@ -124,6 +124,8 @@ def _continue_download(url: str, partial: Path) -> None:
                 kept.unlink(missing_ok=True)
                 if validator := _validator(response):
                     kept.write_text(validator)
+            # The file itself is wanted, and servers call a .tgz an encoding of its tar.
+            response.raw.headers.discard("Content-Encoding")
             for chunk in response.iter_content(_CHUNK):
                 file.write(chunk)
                 bar.update(len(chunk))

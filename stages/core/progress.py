@@ -35,7 +35,8 @@ def progress(
             rate = number / (now - start)
             left = "" if total is None else f" of {scale * total:,}"
             wait = "" if total is None else f", {(total - number) / rate:,.0f} s left"
-            print(f"{what}: {scale * number:,}{left}, {scale * rate:,.1f} {unit}/s{wait}", flush=True)
+            line = f"{what}: {scale * number:,}{left}, {scale * rate:,.1f} {unit}/s{wait}"
+            print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager

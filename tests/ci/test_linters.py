@@ -77,6 +77,18 @@ def test_bandit() -> None:
     run(ROOT, "bandit", "--quiet", "--recursive", "--configfile", "pyproject.toml", "stages", "tools")
 
 
+@pytest.mark.slow
+def test_the_oldest_python_has_what_is_used(tmp_path: Path) -> None:
+    """Lint and types are checked for the Python of the lock; an older one lacks some of the standard library."""
+    result = run(
+        ROOT, *("mypy", "--python-version", "3.10", "--cache-dir", str(tmp_path), "stages", "tools"), check=False
+    )
+    # NumPy's stubs are for newer ones: what it returns is not known here.
+    others = re.compile(r"\[no-any-return\]$|\[unused-ignore\]$|^Found ")
+    assert [line for line in result.stdout.splitlines() if not others.search(line)] == []
+    assert 'requires-python = ">=3.10,' in (ROOT / "pyproject.toml").read_text()
+
+
 def test_no_secret_that_the_baseline_does_not_know(tmp_path: Path) -> None:
     """The baseline has what was looked at and is none: hashes, and keys made up for tests."""
     excluded = re.compile(r"^(dvc\.lock|requirements\.txt|\.secrets\.baseline)$|\.(png|ipynb)$")

@@ -116,6 +116,12 @@ def test_what_is_wrong_is_refused_by_name(word: str, message: str, checkout: Pat
     assert message in refused(word)
 
 
+def test_a_range_of_decimals_ends_before_its_end(checkout: Path) -> None:
+    assert exp.plan((), ["train.lr=range(0.1,0.4,0.1)"]).sweeps == {"train.lr": [0.1, 0.2, 0.3]}
+    assert exp.plan((), ["train.lr=range(0.3,0.1,-0.1)"]).sweeps == {"train.lr": [0.3, 0.2]}
+    assert exp.plan((), ["train.seed=range(1,7,2)"]).sweeps == {"train.seed": [1, 3, 5]}
+
+
 def test_a_typo_in_a_recipe_is_refused_with_the_nearest_key(checkout: Path) -> None:
     Path("recipes/mine.yaml").write_text("train:\n  lr: 0.1\n  weigth_decay: 0.1\n")
     message = refused(recipes=("mine",))

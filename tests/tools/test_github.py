@@ -47,6 +47,15 @@ def test_a_comment_replaces_the_last_one_and_mentions_nobody(github: Repository,
     assert github.comments[:130] == others
 
 
+def test_issues_that_are_switched_off_are_said_to_be(github: Repository, tmp_path: Path) -> None:
+    """A fork has none until somebody switches them on."""
+    github.failures = [410]
+    (tmp_path / "verdict.md").write_text("harmful\n")
+    result = call(github, "issue", tmp_path / "verdict.md", "--title", "t", "--label", "drift", "--key", "b")
+    assert result.returncode == 2
+    assert "switch Issues on (Settings, General, Features)" in result.stderr
+
+
 def test_a_report_of_another_commit_is_not_posted(github: Repository, page: Path) -> None:
     """The number of the pull request comes from a run on somebody else's code: it may name any pull request."""
     github.pulls = [{"number": 7, "head": {"sha": "abc"}}]

@@ -401,12 +401,15 @@ def test_a_growing_folder_is_watched(production: Path, repository: Path, tmp_pat
     command = f"python -u -m tools.monitor {growing} --stream --window 4 --run-length 400 --idle 8 > {log} 2>&1"
     process = start(repository, "bash", "-c", command)
     wait_until(lambda: log.exists() and "windows of 4" in log.read_text())
-    files = sorted(production.iterdir())
-    for path in files[:4]:
+    for path in sorted(production.iterdir())[:4]:
         shutil.copy(path, growing)
     wait_until(lambda: "window 1" in log.read_text())
-    for path in files[4:8]:
-        shutil.copy(path, growing)
+    for number, image in enumerate(noisy(4)):
+        Image.fromarray(image).save(growing / f"noisy-{number}.png")
     wait_until(lambda: "window 2" in log.read_text())
     process.communicate(timeout=PATIENCE)
-    assert process.returncode in (0, 10, 20)
+    _, clean, drifted = log.read_text().splitlines()
+    assert clean.startswith(f"window 1, {growing}/000.png to {growing}/003.png: ok (p = ")
+    status = "harmful" if process.returncode == 20 else "benign"
+    assert drifted.startswith(f"window 2, {growing}/noisy-0.png to {growing}/noisy-3.png: {status} (p = ")
+    assert process.returncode in (10, 20)

@@ -25,6 +25,7 @@ from tools.report.machine import environment
 from tools.report.page import markdown, page
 from tools.report.profile import Profile, read_profile
 from tools.report.source import Source, default_baseline, open_source
+from tools.shared.addresses import masked
 
 EVIL = "<script>alert('x')</script>|`*_[a](http://b.c)_*`@all & \"q\""
 DATE = "2026-11-25 07:00 UTC"
@@ -364,6 +365,10 @@ def test_addresses_are_shown_without_their_password(left: dict[str, bytes]) -> N
     changed = {name: left[name].replace(b"source: sample", address) for name in ("params.yaml", "dvc.lock")}
     one = state(left | changed)
     assert one.params["data.source"] == "https://***@example.com/images.tgz"
+    password = "p@ss@word"
+    assert masked(f"from https://user:{password}@example.com/a@b.tgz, by me@example.com") == (
+        "from https://***@example.com/a@b.tgz, by me@example.com"
+    )
     machine = environment()
     assert "secret" not in page(one, None, None, machine, DATE) + markdown(one, state(left), machine, DATE)
 
@@ -379,9 +384,17 @@ def test_params_changed_after_the_run_are_told(left: dict[str, bytes]) -> None:
 
 
 def test_other_validation_images_are_told(left: dict[str, bytes]) -> None:
-    lock = re.sub(rb"(path: data/processed\n\s+hash: md5\n\s+md5: )\w+", rb"\g<1>0123", left["dvc.lock"])
+    packed, lock = (
+        re.sub(rf"(path: {out}\n\s+hash: md5\n\s+md5: )\w+".encode(), rb"\g<1>0123", content)
+        for out, content in (("data/processed", left["dvc.lock"]), ("data/(?:raw|processed)", left["dvc.lock"]))
+    )
     one, other = state(left | {"dvc.lock": lock}), state(left)
     assert paired(one, other) is None
+    in_another_size = state(left | {"dvc.lock": packed})
+    assert packed not in (left["dvc.lock"], lock)
+    assert paired(in_another_size, other) == (0, 0)
+    for found in pages(in_another_size, other):
+        assert "the two runs did not use the same images" not in found.text
     for found in pages(one, other):
         assert "the two runs did not use the same images" in found.text
 

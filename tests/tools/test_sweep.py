@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import optuna
 import psutil
@@ -25,8 +26,8 @@ from tests.helpers import DEFAULT_PARAMS, PATIENCE, ROOT, run, start, step_reach
 from tools.shared import dvc_queue
 from tools.shared import overrides as settings
 from tools.shared.overrides import parse
-from tools.sweep.command import _typed, check_queue, direction_of, gpus
-from tools.sweep.study import Question, counted, distribution
+from tools.sweep.command import _typed, check_queue, code_of_stages, direction_of, gpus
+from tools.sweep.study import Question, counted, distribution, open_study
 from tools.sweep.trials import Run, Sweep
 
 SPACE = ("train.lr=tag(log,interval(0.001,0.1))", "train.label_smoothing=choice(0.0,0.1)")
@@ -48,6 +49,7 @@ _UP_TO_EVALUATE = ("--target", "evaluate")
         ),
         (("train.lr=interval(0.1,1)", "--target", "tran"), "Stage 'tran' not found"),
         (("train.lr=interval(0.1,1)", "--seed", str(2**31)), "--seed: 2147483648 must be below"),
+        (("train.lr=interval(0.1,1)", "--devices", "0,1"), "--devices: runtime.device: '0' is"),
     ],
 )
 def test_what_cannot_be_searched_is_refused_by_name(words: tuple[str, ...], message: str, repository: Path) -> None:
@@ -104,7 +106,7 @@ def test_what_is_searched_is_not_shared_out() -> None:
         (["cuda:0", "cuda:1"], "train.epochs", {"runtime.device": "cuda:1"}),
         (["cuda:0", "cuda:1"], "runtime.device", {"runtime.threads": 1}),
     ):
-        question = Question([], {}, {key: two}, "metrics/evaluate.json:top1", "maximize")
+        question = Question([], {}, {key: two}, "metrics/evaluate.json:top1", "maximize", "code")
         arguments = argparse.Namespace(devices=devices, workers=num_cpus())
         sweep = Sweep(arguments, optuna.create_study(study_name="study"), question, "evaluate", 0)
         assert sweep._share(1) == shared
@@ -128,6 +130,33 @@ def test_the_name_of_a_metric_says_what_is_better(metric: str, direction: str) -
     assert direction_of(metric) == direction
 
 
+def test_a_study_is_taken_up_by_the_same_question_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, BaseDistribution] = {"train.lr": FloatDistribution(0.1, 1.0)}
+    base = {"train": {"lr": 0.3, "epochs": 2}}
+
+    def take_up(base: dict[str, Any], code: str = "one") -> None:
+        open_study("study", Question([], {}, space, "metrics/evaluate.json:top1", "maximize", code), base, 0, 3)
+
+    take_up(base)
+    take_up({"train": {"lr": 0.9, "epochs": 2}})  # as where the best has been applied
+    with pytest.raises(InputError, match=r"study study has asked something else: train\.epochs was 2, is 3; use"):
+        take_up({"train": {"lr": 0.3, "epochs": 3}})
+    with pytest.raises(InputError, match="its trials ran other code of the stages; use another --study"):
+        take_up(base, "two")
+
+
+def test_the_code_of_the_stages_is_told_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy2(ROOT / "dvc.yaml", tmp_path)
+    shutil.copytree(ROOT / "stages", tmp_path / "stages")
+    before = code_of_stages()
+    assert code_of_stages() == before
+    with Path("stages/core/augment.py").open("a") as file:
+        file.write("\n")
+    assert code_of_stages() != before
+
+
 def test_a_trial_that_somebody_takes_off_the_queue_is_given_up(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,7 +164,7 @@ def test_a_trial_that_somebody_takes_off_the_queue_is_given_up(
     monkeypatch.setattr("tools.sweep.trials._NUDGE_SECONDS", 0.0)
     space: dict[str, BaseDistribution] = {"train.epochs": IntDistribution(1, 9)}
     study = optuna.create_study(study_name="study")
-    question = Question([], {}, space, "metrics/evaluate.json:top1", "maximize")
+    question = Question([], {}, space, "metrics/evaluate.json:top1", "maximize", "code")
     sweep = Sweep(argparse.Namespace(workers=1), study, question, "evaluate", 0)
     waiting = Run(study.ask(space), "study-0", 0, b"")
     dvc_queue._dvc("exp", "run", "--queue", "--name", "study-0", "evaluate")

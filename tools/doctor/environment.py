@@ -15,8 +15,8 @@ from tools.doctor.finding import Finding, fail, ok, some
 _LOCK = Path("requirements.txt")
 _INSTALL = "make setup && source .venv/bin/activate"
 _REINSTALL = "python -m pip install --no-deps -r requirements.txt"
-_REBUILD = "exit && make docker-build"  # in a container
-_CONTAINER_MARKS = (Path("/.dockerenv"), Path("/run/.containerenv"))  # of Docker, of Podman
+_REBUILD = "exit && make docker-build"  # in the project's container
+_IMAGE_MARK = Path("/opt/driftline/rest.txt")  # Dockerfile puts it into the project's image
 # What only a torch with CUDA needs: a torch of another index (its version ends in +cpu, say) comes without.
 _CUDA_PACKAGES = re.compile(r"(triton|cuda-.*|nvidia-(?!ml-py).*)$")
 
@@ -103,7 +103,7 @@ def gdrive() -> Finding:
 
 def _install(in_place: bool) -> str:
     """What brings the packages of the lock: into the environment that runs this, or into one of this project."""
-    if sys.prefix == sys.base_prefix and any(mark.exists() for mark in _CONTAINER_MARKS):
+    if sys.prefix == sys.base_prefix and _IMAGE_MARK.exists():
         return _REBUILD
     return _REINSTALL if in_place else _INSTALL
 

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any
 
 import numpy as np
 
@@ -37,7 +37,7 @@ class Monitored:
         self._failed: OSError | None = None
         self._attempt(self._write_header)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Monitored:
         return self
 
     def __exit__(

@@ -158,9 +158,9 @@ def verdict(run: Run, baseline: Run | None) -> Verdict:
 
 
 def same_data(run: Run, baseline: Run) -> bool:
-    """Whether both used the same packed images, as far as dvc.lock tells."""
-    packed = run.hashes.get("data/processed")
-    return packed is not None and packed == baseline.hashes.get("data/processed")
+    """Whether both used the same images, as far as dvc.lock tells; they may be packed in another size or crop."""
+    outs = ("data/raw", "data/processed")
+    return any(run.hashes.get(out) is not None and run.hashes[out] == baseline.hashes.get(out) for out in outs)
 
 
 def paired(run: Run, baseline: Run) -> tuple[int, int] | None:

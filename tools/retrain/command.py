@@ -194,7 +194,7 @@ def _ask_monitor(
     result = process.run(command)
     words = (result.stderr or result.stdout).strip()
     if result.returncode == 2:
-        raise InputError(words.removeprefix("monitor: error: "))
+        raise InputError(words.split("monitor: error: ")[-1])  # what comes before is progress
     if result.returncode < 0:  # the kernel's out-of-memory killer leaves no words
         reason = f"the monitor was ended by signal {-result.returncode} (out of memory?); run the same command again"
         raise Stopped(reason, -result.returncode)

@@ -7,4 +7,4 @@ import re
 
 def masked(text: str) -> str:
     """Without the user and password of addresses, for what others may read."""
-    return re.sub(r"(?<=://)[^/\s@]+@", "***@", text)
+    return re.sub(r"(?<=://)[^/\s]+@", "***@", text)

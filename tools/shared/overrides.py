@@ -8,14 +8,16 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType, QuotedString, ValueType
+from hydra.core.override_parser.types import Override, OverrideType, QuotedString, RangeSweep, ValueType
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -178,6 +180,18 @@ def _same(one: Value, other: Value) -> bool:
 
 
 # --- values -------------------------------------------------------------------------------------------------------
+
+
+def swept_values(override: Override) -> list[Value]:
+    """The values of `KEY=a,b`, choice(...) or range(...), one by one."""
+    swept = override.value()
+    if isinstance(swept, RangeSweep) and not swept.shuffle and swept.step:
+        numbers = (swept.start, swept.step, swept.stop)
+        first, by, end = (Decimal(str(number)) for number in numbers)
+        as_type = int if all(isinstance(number, int) for number in numbers) else float
+        # In decimals: with floats, 0.1, 0.2 and 0.3 would be followed by 0.4 in a range that ends before it.
+        return [as_type(first + i * by) for i in range(max(0, math.ceil((end - first) / by)))]
+    return [plain(value) for value in override.sweep_iterator(transformer=lambda value: value)]
 
 
 def plain(value: Any) -> Value:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import hashlib
 import math
 import os
 import re
@@ -30,6 +31,7 @@ from typing import Any
 from hydra.core.override_parser.types import IntervalSweep, Override
 from ruamel.yaml import YAML
 
+from stages.core.closure import code_closure
 from stages.core.errors import InputError, run_main
 from stages.core.params import PARAMS_FILE
 from stages.core.stopping import stop_requests
@@ -62,12 +64,15 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.workers < 1 or arguments.trials < 1:
         raise InputError("--workers and --trials are at least 1")
     studies.check_space(base, space, where)
-    question = Question(recipes, fixed, space, arguments.metric, arguments.direction or direction_of(arguments.metric))
+    direction = arguments.direction or direction_of(arguments.metric)
+    question = Question(recipes, fixed, space, arguments.metric, direction, code_of_stages())
     name = arguments.study or question.default_name()
     if not name.replace("-", "").replace("_", "").isalnum():
         raise InputError(f"--study {name}: letters, digits, - and _ only (it names the experiments)")
     if arguments.devices is None:
         arguments.devices = gpus() if base["runtime"]["device"] in ("auto", "cuda") else []
+    for device in arguments.devices:
+        settings.check(settings.changed(base, {"runtime.device": device}), "--devices")
     if arguments.seed >= 2**31:
         raise InputError(f"--seed: {arguments.seed} must be below {2**31}")
     measures = stage_of(question.metric.partition(":")[0])
@@ -125,6 +130,16 @@ def locked(name: str) -> Iterator[int]:
                     raise InputError(f"study {name} is being worked on by another process") from None
                 time.sleep(0.5)
         yield file.fileno()
+
+
+def code_of_stages() -> str:
+    """Hash of the source of all stages, which is what trials run."""
+    modules = re.findall(r"\bpython -m (stages\.\w+)", Path("dvc.yaml").read_text(encoding="utf-8"))
+    names = set[str]().union(*(code_closure(Path(), module) for module in modules))
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        digest.update(name.encode() + b"\0" + hashlib.sha256(Path(name).read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def stage_of(metric_file: str) -> str:

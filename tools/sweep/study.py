@@ -8,10 +8,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,13 +39,15 @@ class Question:
     space: Space
     metric: str
     direction: Direction
+    code: str  # hash of what the trials run
 
     def described(self, base: Mapping[str, Any]) -> dict[str, Any]:
-        """As JSON, with all params that trials start from."""
+        """As JSON, with all params that trials start from, but for those that each trial sets, and with their code."""
         return {
             "metric": f"{self.direction} {self.metric}",
             "space": {key: optuna.distributions.distribution_to_json(d) for key, d in sorted(self.space.items())},
-            "params": settings.flat(base),
+            "params": {key: value for key, value in settings.flat(base).items() if key not in self.space},
+            "code": self.code,
         }
 
     def default_name(self) -> str:
@@ -73,15 +73,13 @@ def distribution(override: Override, current: Value) -> BaseDistribution:
                     raise InputError(f"{word}: {override.key_or_group} is a whole number: give whole ends")
                 return IntDistribution(int(low), int(high), log=log)
             return FloatDistribution(low, high, log=log)
-        values = [settings.plain(value) for value in override.sweep_iterator(transformer=lambda value: value)]
+        values = settings.swept_values(override)
         if isinstance(swept, RangeSweep) and len(values) > 1 and not swept.shuffle:
             step = values[1] - values[0]
             if step > 0 and all(isinstance(value, int) for value in values):
                 return IntDistribution(values[0], values[-1], step=step, log=log)
             if step > 0:
-                first, by, end = (Decimal(str(number)) for number in (swept.start, swept.step, swept.stop))
-                last = first + (math.ceil((end - first) / by) - 1) * by  # in decimals: 0.2, 0.3 and 0.4 end before 0.5
-                return FloatDistribution(float(first), float(last), step=None if log else float(by), log=log)
+                return FloatDistribution(values[0], values[-1], step=None if log else float(swept.step), log=log)
         if log:
             raise InputError(f"{word}: log goes with interval(...) and range(...)")
         # Optuna takes scalars only: choices are written as in an override.
@@ -172,6 +170,8 @@ def _difference(known: dict[str, Any], asked: dict[str, Any]) -> str:
             old, new = known[part].get(key), asked[part].get(key)
             if old != new:
                 return f"{key} was {old}, is {new}"
+    if known.get("code") != asked["code"]:
+        return "its trials ran other code of the stages"
     return "its record is of another version"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import random
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -100,6 +102,16 @@ def test_another_checksum_asks_again(server: Server, tmp_path: Path) -> None:
     fetch(url(server), tmp_path)
     with pytest.raises(InputError, match="md5 is"):
         fetch(url(server), tmp_path, md5="0" * 32)
+
+
+def test_a_file_that_is_called_an_encoding_is_kept_as_it_is(server: Server, tmp_path: Path) -> None:
+    """Apache's `AddEncoding x-gzip .tgz`: the file itself is what is wanted, resumed or not."""
+    server.content = gzip.compress(random.Random(0).randbytes(3_000_000))
+    server.validators = {"Content-Encoding": "x-gzip"}
+    server.breaks = 1
+    digest = hashlib.sha256(server.content).hexdigest()
+    assert fetch(url(server), tmp_path, sha256=digest).read_bytes() == server.content
+    assert len(server.requests) == 2
 
 
 def test_a_break_is_resumed_where_it_was(server: Server, tmp_path: Path) -> None:
