@@ -4,7 +4,7 @@ They lie outside the repository, under `runtime.cache_dir`, so that `dvc exp run
 and are no DVC outs (a persisted out would make a run with other params go on from the OLD model). The folder's name is
 a fingerprint of everything that the result depends on: another learning rate, other images or other code start over.
 
-    <cache_dir>/checkpoints/<fingerprint>/step-00000120.pt    the newest two
+    <cache_dir>/checkpoints/<fingerprint>/step-00000120-0123456789abcdef.pt    the newest two; with their SHA-256
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import shutil
 import time
 from collections.abc import Iterator
@@ -25,11 +24,12 @@ from filelock import FileLock, Timeout
 
 from stages.core.closure import code_closure
 from stages.core.errors import InputError
-from stages.core.output import disk_errors
+from stages.core.output import disk_errors, sha256_of
 from stages.core.runtime import make_cache_dir
 
 _NUM_KEPT = 2  # the older one is for the case that the disk damages the newer one
 _MAX_DAYS = 14  # a run that nobody has gone on with for so long is forgotten
+_DIGITS = 16  # of the SHA-256 in a file's name
 _LOCK_SECONDS = 30  # what a run that was just told to stop may need to write its last checkpoint
 
 
@@ -65,14 +65,13 @@ class CheckpointStore:
             ) from None
 
     def newest(self) -> dict[str, Any] | None:
-        """The newest checkpoint that can be read, on the CPU, or None. What cannot be read is named and passed over."""
+        """The newest checkpoint that is whole, on the CPU, or None. A damaged one is named and passed over."""
         for path in reversed(self._paths()):
-            try:
+            # PyTorch does not compare the checksums of the zip that it writes.
+            if sha256_of(path)[:_DIGITS] == path.stem.split("-")[2]:
                 state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
                 return state
-            except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                print(f"train: {path} is damaged ({reason}); the checkpoint before it is taken", flush=True)
+            print(f"train: {path} is damaged (by its SHA-256); the checkpoint before it is taken", flush=True)
         return None
 
     def newest_path(self) -> Path | None:
@@ -80,21 +79,25 @@ class CheckpointStore:
         return next(reversed(self._paths()), None)
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write a checkpoint that appears whole or not at all, and remove all but the newest two."""
+        """Write a checkpoint that appears whole or not at all, and remove all but it and the one before.
+
+        Those of later steps go, too: they are damaged, or the run would have gone on from there.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"step-{step:08d}.pt"
-        temporary = path.with_suffix(".new")
+        temporary = self.folder / f"step-{step:08d}.new"
         try:
-            with disk_errors(path), temporary.open("wb") as file:
+            with disk_errors(temporary), temporary.open("wb") as file:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
+            path = self.folder / f"{temporary.stem}-{sha256_of(temporary)[:_DIGITS]}.pt"
             temporary.replace(path)
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
-        for old in self._paths()[:-_NUM_KEPT]:
-            old.unlink()
+        earlier = [other for other in self._paths() if _step(other) < step]
+        for other in {*self._paths()}.difference(earlier[1 - _NUM_KEPT :], [path]):
+            other.unlink()
         return path
 
     def remove(self) -> None:
@@ -103,6 +106,10 @@ class CheckpointStore:
 
     def _paths(self) -> list[Path]:
         return sorted(self.folder.glob("step-*.pt"))
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.split("-")[1])
 
 
 def _forget_old_runs(own: Path) -> None:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 
 from stages.core.checkpoint import CheckpointStore
@@ -47,6 +48,39 @@ def test_another_run_is_forgotten_after_two_weeks(days: float, is_there: bool, t
     with store.locked():
         assert other.folder.exists() == lock_of(other).exists() == is_there
     assert store.newest() is not None
+
+
+def test_no_changed_bit_is_taken_for_a_checkpoint(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    store = CheckpointStore(tmp_path, "own")
+    weights = torch.arange(50, dtype=torch.float64)
+    store.save(1, {"step": 1})
+    whole = store.save(2, {"step": 2, "weights": weights}).read_bytes()
+    newest = store.newest_path()
+    assert newest is not None
+    for position in range(0, len(whole), 50):
+        damaged = bytearray(whole)
+        damaged[position] ^= 16
+        newest.write_bytes(damaged)
+        assert store.newest() == {"step": 1}
+        assert f"{newest} is damaged (by its SHA-256)" in capfd.readouterr().out
+    newest.write_bytes(whole)
+    found = store.newest()
+    assert found is not None
+    assert torch.equal(found["weights"], weights)
+
+
+def test_damaged_checkpoints_do_not_outlive_new_ones(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, "own")
+    for step in (100, 120):
+        store.save(step, {"step": step}).write_bytes(b"damaged")
+    assert store.newest() is None
+    for step in (10, 20, 30):
+        assert store.save(step, {"step": step}).exists()
+        assert store.newest() == {"step": step}
+        assert store.newest_path() == next(store.folder.glob(f"step-{step:08d}-*.pt"))
+    store.save(30, {"step": 30, "again": True})
+    assert store.newest() == {"step": 30, "again": True}
+    assert sorted(path.name.split("-")[1] for path in store.folder.iterdir()) == ["00000020", "00000030"]
 
 
 def test_another_run_that_is_in_use_is_left_alone(tmp_path: Path) -> None:
