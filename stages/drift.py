@@ -9,6 +9,8 @@ Command  python -m stages.drift
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -24,7 +26,8 @@ from stages.core.stopping import run_stage
 METRICS = Path("metrics/drift.json")
 PLOTS = Path("plots/drift")
 FEWEST_IMAGES = 20  # clean ones that a detector can be made of
-CLEAN = "clean"
+FEW_IMAGES = 200  # with fewer, clean windows are alarmed at more often than alpha says
+CLEAN, MET = "clean", "met before"  # conditions that are not simulated
 
 
 class DriftParams(Section):
@@ -81,42 +84,48 @@ def main(params: Params) -> None:
     split = load_split("val", meta)
     check_images(split)
     images, labels = split.images, split.labels
-    # What drift costs is counted from the images of the source: those of data.extra are drifted ones.
-    is_of_source = np.array([not is_extra(name) for name in load_file_names("val")])
+    # Clean images are those of the source. Among them, those of data.extra, which are drifted ones, would make a window
+    # of clean images look like another mixture, and so an alarm.
+    is_of_extra = np.array([is_extra(name) for name in load_file_names("val")])
+    of_source, of_extra = np.flatnonzero(~is_of_extra), np.flatnonzero(is_of_extra)
     where = device.set_up(params.runtime)
     network, spec = model.load(model.CLASSIFIER, where)
     if spec.class_ids != meta.class_ids:
         raise InputError(f"{model.CLASSIFIER} was trained on other classes than data/processed has; run `dvc repro`")
-    if len(labels) < FEWEST_IMAGES:
-        raise InputError(f"data/processed: {len(labels)} validation images; a detector needs at least {FEWEST_IMAGES}")
+    if len(of_source) < FEWEST_IMAGES:
+        others = f", {len(of_source)} of them not of data.extra" if len(of_source) < len(labels) else ""
+        raise InputError(
+            f"data/processed: {len(labels)} validation images{others}; a detector needs at least {FEWEST_IMAGES}"
+        )
     mirrored = open_mirror("drift", params.wandb, cache_dir(params.runtime), params, model=model.CLASSIFIER)
     with stage_summary("drift") as made, mirrored as mirror:
         extractor = Extractor(network, spec, precision.resolve(knobs.precision, where, key="drift.precision"), where)
         clean = extractor.features(images)
         rng = np.random.default_rng(knobs.seed)
-        parts = drift_check.split(len(labels), rng)
+        parts = drift_check.Parts(*(of_source[part] for part in drift_check.split(len(of_source), rng)))
         known = np.concatenate([parts.reference, parts.threshold])
-        undrifted = known[is_of_source[known]]
-        undrifted_check = parts.check[is_of_source[parts.check]]
-        if len(undrifted) == 0 or len(undrifted_check) < detectors.SMALLEST_WINDOW:
-            raise InputError(
-                f"data/processed: of {len(labels)} validation images, {is_of_source.sum()} are not of data.extra, too "
-                "few to know what the classifier does on clean ones; give data.source more validation images"
-            )
 
-        # Reference images teach the damage estimate, check images measure everything: under each condition, both.
+        # Reference images teach the damage estimate, check images measure everything: under each condition, both. Drift
+        # that has been met, with labels, teaches it, too.
         fit_on = rng.permutation(parts.reference)[: knobs.fit_images]
-        check_on = rng.permutation(undrifted_check)[: knobs.images_per_condition]
+        check_on = rng.permutation(parts.check)[: knobs.images_per_condition]
         sizes = drift_check.possible_sizes(knobs.window_sizes, parts, len(check_on))
+        for remark in _remarks(len(of_source), knobs.window_sizes, sizes):
+            print(f"drift: {remark}", file=sys.stderr)
         fit_groups = {size: len(fit_on) for size in sizes}
         check_groups = drift_check.adapted_images(sizes, len(check_on))
         conditions = [Condition(CLEAN, 0, fit_on, fit_groups)]
+        if len(of_extra):
+            met = rng.permutation(of_extra)[: knobs.fit_images]
+            conditions.append(Condition(MET, 0, met, dict.fromkeys(sizes, len(met))))
+        as_they_are = len(conditions)
         for kind, severity in drift_check.kinds_and_severities():
             conditions.append(Condition(kind, severity, fit_on, fit_groups))
             conditions.append(Condition(kind, severity, check_on, check_groups))
         looked_at = drift_check.simulate(images, conditions, extractor, knobs.seed)
         drifted = list(progress(looked_at, "drift: simulate", len(conditions), "condition"))
-        fitting, checking = [drifted[0], *drifted[1::2]], drifted[2::2]
+        fitting = [*drifted[:as_they_are], *drifted[as_they_are::2]]
+        checking = drifted[as_they_are + 1 :: 2]
 
         fits = {size: drift_check.fit_sized_damage(fitting, labels, size) for size in sizes}
         projection = fit_projection(clean.rows(parts.reference), knobs.axes)
@@ -132,8 +141,8 @@ def main(params: Params) -> None:
                 max_drop=knobs.max_drop,
                 null_windows=knobs.null_windows,
                 seed=knobs.seed,
-                baselines=fit_baselines(clean.logits[undrifted], labels[undrifted]),
-                confusion=fit_confusion(clean.logits[undrifted], labels[undrifted]),
+                baselines=fit_baselines(clean.logits[known], labels[known]),
+                confusion=fit_confusion(clean.logits[known], labels[known]),
                 damage=[sized for sized, _ in fits.values()],
                 adapts=drifted[0].adapted[sizes[0]] is not None,
             ),
@@ -149,9 +158,10 @@ def main(params: Params) -> None:
         shown = progress(checking, "drift: detect", len(checking), "condition")
         measured = [drift_check.measure_condition(one, gauge, knobs.contamination) for one in shown]
         alarms = drift_check.false_alarms(
-            clean, sizes, knobs.axes, knobs.alpha, knobs.resplits, detector.num_windows(knobs.alpha), knobs.seed
+            *(clean.rows(of_source), sizes, knobs.axes, knobs.alpha, knobs.resplits),
+            *(detector.num_windows(knobs.alpha), knobs.seed),
         )
-        accuracy = float((clean.logits[undrifted_check].argmax(axis=1) == labels[undrifted_check]).mean())
+        accuracy = float((clean.logits[parts.check].argmax(axis=1) == labels[parts.check]).mean())
         summary = drift_summary.summary(detector.spec, accuracy, alarms, measured)
         severities = drift_summary.severity_rows(measured)
         powers = drift_summary.power_rows(measured, alarms)
@@ -165,6 +175,20 @@ def main(params: Params) -> None:
         write_bytes(PLOTS / "corruptions.png", drift_figures.contact_sheet(images[check_on[0]], knobs.seed))
         mirror.results(METRICS, PLOTS)
         made.extend(drift_summary.lines(summary))
+
+
+def _remarks(num_images: int, wanted: Sequence[int], sizes: Sequence[int]) -> Iterator[str]:
+    """What few validation images cost."""
+    if missing := [str(size) for size in wanted if size not in sizes]:
+        yield (
+            f"windows of {', '.join(missing)} images are left out (drift.window_sizes): {num_images:,} validation "
+            f"images are enough for {', '.join(map(str, sizes))}"
+        )
+    if num_images < FEW_IMAGES:
+        yield (
+            f"{num_images} validation images are few: clean ones may raise several times as many alarms as drift.alpha "
+            f"says; have {FEW_IMAGES} or more"
+        )
 
 
 if __name__ == "__main__":

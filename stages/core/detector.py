@@ -128,6 +128,11 @@ class Detector:
         """Images of the largest window that can be tested."""
         return max(SMALLEST_WINDOW, int(LARGEST_SHARE * len(self.threshold)))
 
+    @property
+    def largest_group(self) -> int:
+        """Images that the model may be adapted to at once: with more than a damage estimate was fitted to, it errs."""
+        return max(sized.window for sized in self.spec.damage)
+
     def population(self, features: Features) -> Population:
         """Images as the tests see them."""
         return population_of(features, self.projection)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from stages.core.augment import crop_and_resize
-from stages.core.errors import InputError
+from stages.core.errors import InputError, ran_out_of_memory
 from stages.core.image_statistics import image_statistics
 from stages.core.loader import normalise
 from stages.core.model import ModelSpec
@@ -103,13 +103,13 @@ class Extractor:
                 logits.append(self._logits(some))
         return torch.cat(logits).numpy()
 
-    def adapted_to_all(self, images: NDArray[np.uint8]) -> NDArray[np.float32] | None:
-        """`adapted_logits` in as few groups as can be, of equal size, the same ones in whatever order the images come.
+    def adapted_to_all(self, images: NDArray[np.uint8], largest: int) -> NDArray[np.float32] | None:
+        """`adapted_logits` in as few groups of at most `largest` as can be, the same in whatever order the images come.
 
         A folder lists its images class by class. Batch norms that are adapted to one class alone misjudge it.
         """
         order = np.argsort([zlib.crc32(image.tobytes()) for image in images], kind="stable")
-        num_groups = math.ceil(len(images) / LARGEST_GROUP)
+        num_groups = math.ceil(len(images) / min(largest, LARGEST_GROUP))
         mixed = self.adapted_logits(images, math.ceil(len(images) / num_groups), order)
         if mixed is None:
             return None
@@ -122,8 +122,16 @@ class Extractor:
         boxes = torch.tensor([[0, 0, *pixels.shape[1:3]]], device=self.device).expand(len(pixels), 4)
         flips = torch.zeros(len(pixels), dtype=torch.bool, device=self.device)
         batch = crop_and_resize(pixels, boxes, flips, self.spec.image_size, torch.float32)
-        with self.policy.autocast(self.device):
-            logits: Tensor = self.network(normalise(batch, self.spec.mean, self.spec.std))
+        try:
+            with self.policy.autocast(self.device):
+                logits: Tensor = self.network(normalise(batch, self.spec.mean, self.spec.std))
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
+            raise InputError(
+                f"out of memory on {self.device} with {len(images)} images of {self.spec.image_size} px at once; free "
+                "some of it, or set runtime.device to cpu"
+            ) from None
         if not logits.isfinite().all():
             raise InputError("the classifier's outputs are not finite: the training run that made it diverged")
         return logits.float().cpu()

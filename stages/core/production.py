@@ -198,7 +198,7 @@ def _packed(path: Path) -> list[ImageFile]:
         images = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise InputError(f"{path}: not a packed array: {error}") from None
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape[1:3]:
         raise InputError(f"{path}: {images.dtype} {images.shape}; expected uint8 (N, H, W, 3)")
 
     def encoded(row: int) -> bytes:

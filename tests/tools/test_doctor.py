@@ -416,6 +416,17 @@ def test_a_stale_lock(small: Path) -> None:
     finds(repository.stale(), "FAIL", "dvc cannot read the pipeline", "git diff dvc.yaml")
 
 
+def test_a_dvc_that_is_at_work_is_no_fault(small: Path) -> None:
+    """DVC's own list of who writes what: another process, which lives."""
+    output = next(out["path"] for out in YAML(typ="safe").load(small / "dvc.lock")["stages"]["total"]["outs"])
+    held = {"write": {str(small / output): {"pid": os.getppid(), "cmd": "dvc repro"}}, "read": {}}
+    (small / ".dvc/tmp").mkdir(exist_ok=True)
+    (small / ".dvc/tmp/rwlock").write_text(json.dumps(held))
+    finds(repository.stale(), "warn", "dvc is at work, look again when it has ended", "make doctor")
+    shown = run(small, "python", "-m", "tools.verify", check=False)
+    assert (shown.returncode, "dvc is at work; run this again" in shown.stderr) == (2, True), shown.stderr
+
+
 # --- storage ------------------------------------------------------------------------------------------------------
 
 

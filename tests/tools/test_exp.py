@@ -100,6 +100,7 @@ def test_only_what_differs_from_params_yaml_is_handed_on(checkout: Path) -> None
         ("~train.lr", "~train.lr: keys are neither added nor removed"),
         ("train.lr", "train.lr: not `section.key=value` in Hydra's grammar"),
         ("data.source=/a(b)", "goes in quotes of its own: KEY='\"VALUE\"'"),
+        ("data.source=~/a.tgz", "brackets or ~ in it goes in quotes of its own"),
         ("train.lr=-1", "params.yaml + overrides: train.lr: -1 is refused: input should be greater than 0"),
         ("train.epochs=2.5", "params.yaml + overrides: train.epochs: 2.5 is refused"),
         ("model.name=resnet81", "params.yaml + overrides: model.name: 'resnet81' is no model of timm; did you mean"),

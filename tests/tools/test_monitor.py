@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from PIL import Image
 from stages.core import detector as detectors
 from stages.core.corruptions import corrupt
 from stages.core.errors import InputError
+from stages.core.features import Extractor
 from tests.helpers import PATIENCE, encoded, run, set_params, start, truncated, wait_until, write_files
 from tools.monitor import command as monitor
 from tools.monitor import stream
@@ -101,6 +105,49 @@ def test_more_images_than_can_be_tested_are_thinned(production: Path, tmp_path: 
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["num_images"] == 60
     assert report["num_tested"] < 60
+
+
+def test_what_is_listed_is_left_out(production: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    listed = tmp_path / "listed"
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(production.iterdir())]
+    listed.write_text("\n".join(digests[:4]))
+    monitor.main([str(production), "--leave-out", str(listed), "--json", str(tmp_path / "r.json")])
+    assert "4 left out, listed by --leave-out" in capsys.readouterr().out
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert (report["listed"], report["num_images"]) == (4, len(digests) - 4)
+    listed.write_text("\n".join(digests))
+    with pytest.raises(InputError, match="--leave-out: .*listed: all 12 images are listed in it"):
+        monitor.main([str(production), "--leave-out", str(listed)])
+    with pytest.raises(InputError, match="--leave-out: .*no-list: .*No such file"):
+        monitor.main([str(production), "--leave-out", str(tmp_path / "no-list")])
+
+
+def test_the_model_is_adapted_to_no_more_images_than_its_estimate_was_fitted_to(
+    production: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With more at once, the adapted model is a better one than the estimate knows."""
+    groups: list[int] = []
+    adapted = Extractor.adapted_logits
+
+    def noted(self: Extractor, images: NDArray[np.uint8], group: int, order: Any = None) -> Any:
+        groups.append(group)
+        return adapted(self, images, group, order)
+
+    monkeypatch.setattr(Extractor, "adapted_logits", noted)
+    largest = max(sized.window for sized in detectors.load().spec.damage)
+    monitor.main(["data/processed/val_images.npy"])
+    assert len(np.load("data/processed/val_labels.npy")) > largest
+    assert 0.5 * largest <= groups[0] <= largest
+
+
+@pytest.mark.parametrize("options", [[], ["--stream", "--window", "4", "--run-length", "400", "--idle", "0"]])
+def test_the_status_tells_where_nobody_reads_on(options: list[str], production: Path, repository: Path) -> None:
+    command = [sys.executable, "-m", "tools.monitor", str(production), *options]
+    whole = run(repository, *command, check=False)
+    shell = f"{shlex.join(command)} | true; exit ${{PIPESTATUS[0]}}"
+    unread = run(repository, "bash", "-c", shell, check=False)
+    assert (unread.returncode, unread.stderr) == (whole.returncode, whole.stderr)
+    assert whole.returncode in (0, 10, 20)
 
 
 def test_constant_images_are_judged(production: Path, tmp_path: Path) -> None:
@@ -210,6 +257,8 @@ def test_a_stream_of_paths_is_judged_window_by_window(
         (["--json", "r.json"], "--json: a stream has no report"),
         (["--html", "r.html"], "--html: a stream has no report"),
         (["--top", "3"], "--top: a stream has no report"),
+        (["--leave-out", "list"], "--leave-out: a stream has no report"),
+        (["--window", "2", "--run-length", "2000"], "--window: 26 clean images make 325 different windows of 2, too"),
     ],
 )
 def test_a_stream_that_cannot_be_calibrated_is_refused(options: list[str], message: str, production: Path) -> None:
@@ -231,6 +280,7 @@ def test_a_time_without_an_image_is_of_a_folder(production: Path) -> None:
 @pytest.mark.parametrize("window", [2, 3, 5])
 def test_the_longest_run_length_takes_as_many_clean_windows_as_are_allowed(window: int, production: Path) -> None:
     detector = detectors.load()
+    detector = replace(detector, threshold=detector.threshold.rows(np.tile(np.arange(len(detector.threshold)), 50)))
     with pytest.raises(InputError, match="--run-length") as refused:
         stream_alpha(detector, window, 10**9)
     longest = int(str(refused.value).split(" is more than ")[1].split(", the longest")[0].replace(",", ""))

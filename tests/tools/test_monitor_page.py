@@ -24,6 +24,7 @@ def report(**changes: Any) -> dict[str, Any]:
         "status": "harmful",
         "num_images": 40,
         "num_tested": 30,
+        "listed": 0,
         "copies": {"number": 0, "left_out": False},
         "p_value": 0.0025,
         "alpha": 0.01,

@@ -46,7 +46,7 @@ from tests.helpers import (
 )
 from tools.retrain import experiment, kept, labelled
 from tools.retrain.command import _ask_monitor
-from tools.retrain.judgement import Accuracies, doubt, no_damage, objection
+from tools.retrain.judgement import Accuracies, count, doubt, no_damage, objection
 from tools.retrain.params import Params, RetrainParams
 
 LIMITS = Limits(files=10_000, total_bytes=10**9, ratio=200)
@@ -71,7 +71,7 @@ PARAMS = RetrainParams(
 def test_a_model_is_promoted_if_it_wins_back_enough_and_loses_little(
     clean: tuple[float, float], drifted: tuple[float, float], why: str | None
 ) -> None:
-    reason = objection(Accuracies(*clean, *drifted, 100, 100), PARAMS)
+    reason = objection(Accuracies(*clean, *drifted, clean[0], 100, 100, 100), PARAMS)
     if why is None:
         assert reason is None
     else:
@@ -91,9 +91,26 @@ def test_a_model_is_promoted_if_it_wins_back_enough_and_loses_little(
     ],
 )
 def test_what_may_be_chance_is_no_damage(drifted: float, num_held_out: int, why: str | None) -> None:
-    reason = no_damage(Accuracies(0.9, 0.9, drifted, drifted, 2000, num_held_out))
+    reason = no_damage(Accuracies(0.9, 0.9, drifted, drifted, 0.9, 2000, num_held_out, 2000))
     assert (reason is None) == (why is None)
     assert why is None or re.search(why, reason or "")
+
+
+def test_a_harder_class_is_no_damage() -> None:
+    """Half of class 1 are misread, clean or not: where production sees nothing else, that is no drift."""
+    clean = np.repeat([0, 1], [900, 100])
+    clean_right = (clean == 0) | (np.arange(1000) % 2 == 0)
+    for drifted, drifted_right, lost, is_damage in (
+        (np.full(100, 1), np.arange(100) % 2 == 0, 0.0, False),
+        (np.full(100, 1), np.arange(100) % 4 == 0, 0.25, True),
+        (clean[::10], clean_right[::10], 0.0, False),
+    ):
+        found = count(clean, drifted, (clean_right, drifted_right), (clean_right, drifted_right))
+        assert found.lost == pytest.approx(lost, abs=0.06)
+        assert (no_damage(found) is None) == is_damage
+    assert (found.num_clean, found.num_matched) == (1000, 1000)
+    alone = count(clean, np.full(100, 1), (clean_right, clean_right[:100]), (clean_right, clean_right[:100]))
+    assert (alone.clean_before, alone.matched_before, alone.num_matched) == (0.95, 0.5, 100)
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,7 @@ def untracked() -> Finding:
 def stale() -> Finding:
     """dvc.lock against the workspace: what `dvc repro` would run."""
     from dvc.exceptions import DvcException
+    from dvc.lock import LockError
     from dvc.repo import Repo
 
     try:
@@ -105,6 +106,8 @@ def stale() -> Finding:
             stages = [stage.addressing for stage in repo.index.stages]
             outputs = {str(out) for out in repo.index.outs}
             changes: dict[str, list[Any]] = repo.status()
+    except LockError as error:
+        return warn(f"dvc is at work, look again when it has ended: {' '.join(str(error).split())}", "make doctor")
     except DvcException as error:
         return fail(f"dvc cannot read the pipeline: {' '.join(str(error).split())}", "git diff dvc.yaml dvc.lock")
     if not Path("dvc.lock").exists():

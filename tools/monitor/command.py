@@ -12,6 +12,9 @@ ends before its first window is full is an error.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,12 +27,13 @@ from tools.shared.arguments import at_least, output_file, write_output
 if TYPE_CHECKING:
     from stages.core.detector import Detector, Judgement
     from stages.core.features import Extractor
+    from stages.core.production import ImageFile
 
 EXIT_STATUS = {"ok": 0, "benign": 10, "harmful": 20}
 # Copies of an image say nothing new, and would count as if they did: clean windows have none. But where one image is
 # more than this share of all, a camera stands still or sends black frames, and that is what production sees.
 _ONE_PICTURE = 0.25
-_OF_REPORT = ("json", "html", "top")
+_OF_REPORT = ("json", "html", "top", "leave_out")
 _OF_STREAM = ("window", "run_length", "idle")
 _WORDS = {
     "ok": "no drift found",
@@ -63,7 +67,9 @@ def _judge(options: argparse.Namespace, runtime: RuntimeParams) -> int:
     from stages.core.output import json_text
     from stages.core.production import distinct, find_images, keep_rows, printable, read_images
 
-    files = find_images(options.images)
+    files = found = find_images(options.images)
+    if options.leave_out is not None:
+        files = _without(found, options.leave_out)
     detector, extractor = open_detector(options.detector, options.classifier, runtime)
     spec = detector.spec
     window = read_images(files, spec.image_size, spec.crop_mode, spec.interpolation)
@@ -78,12 +84,13 @@ def _judge(options: argparse.Namespace, runtime: RuntimeParams) -> int:
     if leaves_out := num_copies > 0 and most <= _ONE_PICTURE * len(window.images):
         window = keep_rows(window, rows)
     features = extractor.features(window.images)
-    judgement = detector.judge(features, extractor.adapted_to_all(window.images))
+    judgement = detector.judge(features, extractor.adapted_to_all(window.images, detector.largest_group))
     population = detector.population(features)
     oddness = detector.oddness(population)
     top = 12 if options.top is None else options.top
     strangest = oddness.argsort(kind="stable")[::-1][:top]
     report = as_json(judgement, detector, len(window.images)) | {
+        "listed": len(found) - len(files),
         "copies": {"number": num_copies, "left_out": leaves_out},
         "images": [
             {
@@ -95,7 +102,7 @@ def _judge(options: argparse.Namespace, runtime: RuntimeParams) -> int:
         ],
         "skipped": [{"path": name, "reason": reason} for name, reason in window.skipped],
     }
-    print(in_words(report))
+    _say(in_words(report))
     if options.json:
         write_output("--json", options.json, json_text(report))
     if options.html:
@@ -103,6 +110,35 @@ def _judge(options: argparse.Namespace, runtime: RuntimeParams) -> int:
 
         write_output("--html", options.html, page(report, [window.images[row] for row in strangest]))
     return EXIT_STATUS[judgement.status]
+
+
+def _without(files: list[ImageFile], listed: Path) -> list[ImageFile]:
+    """The files but those whose content a file lists, by their SHA-256; InputError where none is left."""
+    try:
+        digests = set(listed.read_text(encoding="utf-8").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--leave-out: {listed}: {error}") from None
+
+    def is_listed(file: ImageFile) -> bool:
+        try:
+            return hashlib.sha256(file.read()).hexdigest() in digests
+        except (InputError, OSError):
+            return False  # reading it for the verdict says what is wrong
+
+    rest = [file for file in files if not is_listed(file)]
+    if not rest:
+        raise InputError(f"--leave-out: {listed}: all {len(files):,} images are listed in it")
+    return rest
+
+
+def _say(text: str) -> bool:
+    """Print, and say whether anybody reads it; where nobody does any more (`| head`), the exit status still tells."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 def _watch(options: argparse.Namespace, runtime: RuntimeParams) -> int:
@@ -115,22 +151,21 @@ def _watch(options: argparse.Namespace, runtime: RuntimeParams) -> int:
     window = 25 if options.window is None else options.window
     run_length = 10_000 if options.run_length is None else options.run_length
     alpha = stream_alpha(detector, window, run_length)
-    print(
-        f"monitor: windows of {window}, a false alarm every {run_length:,} images on average "
-        f"(alpha {alpha:g} a window)",
-        flush=True,
+    _say(
+        f"monitor: windows of {window}, a false alarm every {run_length:,} images on average (alpha {alpha:g} a window)"
     )
     worst = 0
     try:
         for number, names, judgement in judge_stream(detector, extractor, files, window, run_length):
             shift = ", label shift" if judgement.class_shift else ""
-            print(
+            worst = max(worst, EXIT_STATUS[judgement.status])
+            is_read = _say(
                 f"window {number}, {printable(names[0])} to {printable(names[-1])}: {judgement.status} "
                 f"(p = {_p_value(judgement.p_value)}{shift}), "
-                f"estimated accuracy {judgement.accuracy:.3f} ({judgement.low:.3f} to {judgement.high:.3f})",
-                flush=True,
+                f"estimated accuracy {judgement.accuracy:.3f} ({judgement.low:.3f} to {judgement.high:.3f})"
             )
-            worst = max(worst, EXIT_STATUS[judgement.status])
+            if not is_read:
+                break
     except KeyboardInterrupt:
         pass  # the way to end a stream
     return worst
@@ -222,6 +257,8 @@ def in_words(report: dict[str, Any]) -> str:
         lines.append(f"  label shift: the mix of predicted classes changed (p = {_p_value(shift['p_value'])}){why}")
     if report["num_tested"] < report["num_images"]:
         lines.append(f"  {report['num_tested']} of the images were compared")
+    if report["listed"]:
+        lines.append(f"  {report['listed']} left out, listed by --leave-out")
     if report["copies"]["number"]:
         lines.append(f"  {what_copies_mean(report)}")
     if skipped := report["skipped"]:
@@ -241,6 +278,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the report as JSON")
     parser.add_argument("--html", type=output_file, metavar="FILE", help="write a self-contained page with pictures")
     parser.add_argument("--top", type=at_least(0), metavar="N", help="how many strange images to show (12)")
+    parser.add_argument(
+        "--leave-out", type=Path, metavar="FILE", help="list of the SHA-256 digests of images to leave out"
+    )
     parser.add_argument("--classifier", type=Path, default=Path("models/classifier"), metavar="DIR")
     parser.add_argument("--detector", type=Path, default=Path("models/drift"), metavar="DIR")
     parser.add_argument("--stream", action="store_true", help="judge one window after the other, as images come")

@@ -36,6 +36,8 @@ def _images(report: dict[str, Any]) -> str:
     parts = [f"{report['num_images']}, of which {report['num_tested']} were compared with clean ones"]
     if report["copies"]["number"]:
         parts.append(what_copies_mean(report))
+    if report["listed"]:
+        parts.append(f"{report['listed']} left out, listed by --leave-out")
     if report["skipped"]:
         parts.append(f"{len(report['skipped'])} cannot be read")
     return "; ".join(parts)

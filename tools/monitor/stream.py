@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 import sys
@@ -51,6 +52,13 @@ def stream_alpha(detector: Detector, window: int, run_length: int) -> float:
             f"--run-length: {run_length:,} is more than {longest:,}, the longest for windows of {window}: calibrating "
             f"would take more than {_MOST_NULL_WINDOWS:,} windows of clean images"
         )
+    num_clean = len(detector.threshold)
+    if (num_windows := math.comb(num_clean, window)) * window < _PER_ALARM * run_length:
+        raise InputError(
+            f"--window: {num_clean} clean images make {num_windows:,} different windows of {window}, too few to tell a "
+            f"false alarm every {run_length:,} images; take a larger window, a shorter --run-length, or have more "
+            "validation images"
+        )
     return window / run_length
 
 
@@ -82,7 +90,7 @@ def judge_stream(
             what = f"{num_copies} of {window} images are copies of others, so its p-value is too small"
             print(f"monitor: window {number}: {what}", file=sys.stderr)
         features = extractor.features(pixels)
-        adapted = extractor.adapted_logits(pixels, window)
+        adapted = extractor.adapted_to_all(pixels, detector.largest_group)
         yield Judged(number, names, detector.judge(features, adapted, alpha, calibration))
         images, names = [], []
     if not number:

@@ -75,7 +75,7 @@ class Monitored:
                     f"--monitor: no verdict: the monitor was ended by signal {-ended.returncode} (out of memory?); the "
                     "predictions are not affected"
                 )
-            said = ended.stderr.strip().removeprefix("monitor: error: ").replace(str(self._path), "these images")
+            said = ended.stderr.strip().split("monitor: error: ")[-1].replace(str(self._path), "these images")
             raise InputError(f"--monitor: no verdict: {said}; the predictions are not affected")
         report: dict[str, Any] = json.loads(report_file.read_text())
         for row in report["images"]:

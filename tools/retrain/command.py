@@ -22,7 +22,6 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,23 +82,23 @@ def _retrain(
     scratch: Path,
 ) -> dict[str, Any]:
     """Run the experiment, judge its model, promote it or leave everything as it was. Returns the whole summary."""
-    from tools.retrain.judgement import Accuracies, Trial, doubt, no_damage, objection
+    from tools.retrain.judgement import Trial, doubt, no_damage, objection
 
     num_train, num_held_out = images.count("train"), images.count("val")
     summary["labelled"] = {
         "origin": images.origin, "key": images.key, "num_train": num_train, "num_held_out": num_held_out,
     }  # fmt: skip
     trial = Trial(images, params)
-    clean, drifted = trial.top1(Path(CLASSIFIER))
-    now = Accuracies(clean, clean, drifted, drifted, len(trial.clean.labels), len(trial.drifted.labels))
+    trial.ask(Path(CLASSIFIER))
+    now = trial.accuracies()
     if reason := no_damage(now):
-        before = {"clean_before": clean, "drifted_before": drifted}
+        before = {key: getattr(now, key) for key in ("clean_before", "matched_before", "drifted_before")}
         return summary | {"decision": "not promoted", "reason": reason, "accuracy": before}
     overrides, needed = _overrides(summary["start"], params, images, present, head)
     name = experiment.experiment_name(head, overrides)
     print(
-        f"retrain: {num_train:,} labelled images to train on, {num_held_out:,} held out (top-1 {drifted:.4f}, "
-        f"{clean:.4f} on clean images); experiment {name}",
+        f"retrain: {num_train:,} labelled images to train on, {num_held_out:,} held out (top-1 "
+        f"{now.drifted_before:.4f}, {now.matched_before:.4f} on clean images of the same classes); experiment {name}",
         flush=True,
     )
     summary |= {
@@ -115,8 +114,8 @@ def _retrain(
     except experiment.ExperimentError as error:
         return summary | {"decision": "failed", "reason": str(error)}
 
-    clean_after, drifted_after = trial.top1(new / CLASSIFIER)
-    found = replace(now, clean_after=clean_after, drifted_after=drifted_after)
+    trial.ask(new / CLASSIFIER)
+    found = trial.accuracies()
     summary |= {
         "experiment_commit": commit,
         "accuracy": vars(found),
@@ -127,7 +126,9 @@ def _retrain(
     if reason := objection(found, params.retrain):
         return summary | {"decision": "not promoted", "reason": reason}
     try:
-        confirmation = _ask_monitor(summary["images"], scratch, new / CLASSIFIER, new / DETECTOR)
+        known = scratch / "trained-on"  # images that the new model has learned by heart say nothing of others
+        known.write_text("".join(f"{image.digest}\n" for image in (*images.images, *present) if image.split == "train"))
+        confirmation = _ask_monitor(summary["images"], scratch, new, known)
     except InputError as error:
         reason = f"the monitor refuses the new model and its reference: {error}"
         return summary | {"decision": "not promoted", "reason": reason}
@@ -182,15 +183,18 @@ def simulation(text: str) -> tuple[str, int]:
     return kind, int(severity)
 
 
-def _ask_monitor(
-    images: str, scratch: Path, classifier: Path | None = None, detector: Path | None = None
-) -> dict[str, Any]:
-    """The verdict of tools.monitor on the production images; by default of the workspace's model and detector."""
+def _ask_monitor(images: str, scratch: Path, new: Path | None = None, known: Path | None = None) -> dict[str, Any]:
+    """The verdict of tools.monitor on the production images: by the workspace's model and detector, or those in `new`.
+
+    Images whose digests `known` lists are left out.
+    """
     out = scratch / "verdict.json"
     out.unlink(missing_ok=True)
     command = [sys.executable, "-m", "tools.monitor", str(images), "--json", str(out)]
-    if classifier is not None and detector is not None:
-        command += ["--classifier", str(classifier), "--detector", str(detector)]
+    if new is not None:
+        command += ["--classifier", str(new / CLASSIFIER), "--detector", str(new / DETECTOR)]
+    if known is not None:
+        command += ["--leave-out", str(known)]
     result = process.run(command)
     words = (result.stderr or result.stdout).strip()
     if result.returncode == 2:

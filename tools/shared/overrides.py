@@ -50,8 +50,8 @@ def parse(words: Iterable[str], recipes: Sequence[str] = ()) -> tuple[list[str],
         except HydraException as error:
             reason = str(error).splitlines()[0]
             raise InputError(
-                f"{word}: not `section.key=value` in Hydra's grammar: {reason}; a value with commas, colons or "
-                "brackets in it goes in quotes of its own: KEY='\"VALUE\"'"
+                f"{word}: not `section.key=value` in Hydra's grammar: {reason}; a value with commas, colons, "
+                "brackets or ~ in it goes in quotes of its own: KEY='\"VALUE\"'"
             ) from None
         if override.key_or_group in _RECIPE:
             names += _recipe_names(override)

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from stages.core import features as module
 from stages.core import model
+from stages.core.errors import InputError
 from stages.core.features import Extractor
 from stages.core.image_statistics import image_statistics
 from stages.core.model import ModelSpec
@@ -131,6 +132,17 @@ def test_the_hook_is_removed_when_the_forward_raises() -> None:
     assert_untouched(looking.network, before)
 
 
+def test_memory_that_is_exhausted_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    looking = extractor()
+
+    def forward(images: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(looking.network, "forward", forward)
+    with pytest.raises(InputError, match="^out of memory on cpu with 2 images of 32 px at once; .*runtime.device"):
+        looking.features(clouds(2, 32, 32))
+
+
 @pytest.mark.parametrize("side", [32, 64])
 @pytest.mark.parametrize("count", [3, 16])
 def test_the_first_norm_mixes_the_groups_statistics_into_its_own(count: int, side: int) -> None:
@@ -198,8 +210,8 @@ def test_the_order_of_images_does_not_matter(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "LARGEST_GROUP", 4)
     images = clouds(12, 32, 32)
     looking = extractor()
-    first, order = looking.adapted_to_all(images), np.random.default_rng(0).permutation(12)
-    again = looking.adapted_to_all(images[order])
+    first, order = looking.adapted_to_all(images, 256), np.random.default_rng(0).permutation(12)
+    again = looking.adapted_to_all(images[order], 256)
     assert first is not None
     assert again is not None
     assert np.array_equal(again, first[order])
@@ -215,20 +227,22 @@ def test_one_image_more_than_a_group_is_not_adapted_to_alone(monkeypatch: pytest
         return logits(self, images)
 
     monkeypatch.setattr(Extractor, "_logits", noted)
-    monkeypatch.setattr(module, "LARGEST_GROUP", 8)
     for count in (8, 9, 16, 25):
-        assert extractor().adapted_to_all(clouds(count, 32, 32)) is not None
+        assert extractor().adapted_to_all(clouds(count, 32, 32), 8) is not None
     assert sizes == [8, 5, 4, 8, 8, 7, 7, 7, 4]
+    monkeypatch.setattr(module, "LARGEST_GROUP", 4)
+    extractor().adapted_to_all(clouds(8, 32, 32), 8)
+    assert sizes[-2:] == [4, 4]
 
 
 def test_images_are_not_copied_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LARGEST_GROUP", 16)
     images = clouds(256, 32, 32)
     looking = extractor()
-    looking.adapted_to_all(images[:16])
+    looking.adapted_to_all(images[:16], 256)
     tracemalloc.start()
     looking.features(images)
-    looking.adapted_to_all(images)
+    looking.adapted_to_all(images, 256)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 0.5 * images.nbytes

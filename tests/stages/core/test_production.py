@@ -303,6 +303,7 @@ def test_places_without_images_are_refused_by_name(
         (np.zeros((2, 8, 8, 3), dtype=np.float32), r"float32 \(2, 8, 8, 3\); expected uint8 \(N, H, W, 3\)"),
         (np.zeros((2, 8, 8), dtype=np.uint8), r"uint8 \(2, 8, 8\); expected"),
         (np.zeros((2, 3, 8, 8), dtype=np.uint8), "expected uint8"),
+        (np.zeros((2, 0, 5, 3), dtype=np.uint8), r"uint8 \(2, 0, 5, 3\); expected"),
         (np.array([{"a": 1}], dtype=object), "not a packed array"),
         (np.zeros((0, 8, 8, 3), dtype=np.uint8), "no images|not a packed array"),
     ],
