@@ -58,15 +58,11 @@ def describe(states: Sequence[State]) -> list[str]:
 
 def _inspect() -> list[State]:
     from dvc.exceptions import DvcException
-    from dvc.lock import LockError
     from dvc.repo import Repo
 
     try:
         with Repo() as repo:
             return inspect(repo)
-    except LockError as error:
-        words = " ".join(str(error).split())
-        raise InputError(f"dvc is at work; run this again when it has ended: {words}") from error
     except DvcException as error:
         raise InputError(f"dvc cannot read the pipeline: {' '.join(str(error).split())}") from error
 
