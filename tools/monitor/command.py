@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from stages.core.errors import InputError, run_main
 from stages.core.params import Section, load_params
 from stages.core.runtime import RuntimeParams
-from tools.shared.arguments import at_least, output_file, write_output
+from tools.shared.arguments import at_least, close_stdout, output_file, write_output
 
 if TYPE_CHECKING:
     from stages.core.detector import Detector, Judgement
@@ -136,7 +134,7 @@ def _say(text: str) -> bool:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        close_stdout()
         return False
     return True
 

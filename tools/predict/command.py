@@ -37,7 +37,7 @@ from stages.core.production import (
 )
 from stages.core.runtime import num_cpus
 from tools.predict.formats import FORMATS, Guess, Prediction
-from tools.shared.arguments import at_least, output_file, write_output
+from tools.shared.arguments import at_least, close_stdout, output_file, write_output
 from tools.shared.process import run_tool
 
 if TYPE_CHECKING:
@@ -190,13 +190,8 @@ def _print(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        _close_stdout()
+        close_stdout()
         raise InputError(f"standard output: {error.strerror}; what it has is cut off") from None
-
-
-def _close_stdout() -> None:
-    """Nobody reads it: so that Python does not try again to print the rest when it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -222,7 +217,7 @@ def _main() -> int:
     try:
         return main()
     except BrokenPipeError:  # the reader has enough: `| head`
-        _close_stdout()
+        close_stdout()
         return 0
 
 

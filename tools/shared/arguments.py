@@ -46,6 +46,11 @@ def write_output(option: str, path: Path, text: str) -> None:
         raise InputError(f"{option}: {path}: {error.strerror}") from None
 
 
+def close_stdout() -> None:
+    """Nobody reads it: so that Python does not try again to print the rest when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def at_least(smallest: _Number) -> Callable[[str], _Number]:
     """Numbers of the type of `smallest` that are not below it, for argparse."""
     kind = type(smallest)
