@@ -129,8 +129,8 @@ class Detector:
         return max(SMALLEST_WINDOW, int(LARGEST_SHARE * len(self.threshold)))
 
     @property
-    def largest_group(self) -> int:
-        """Images that the model may be adapted to at once: with more than a damage estimate was fitted to, it errs."""
+    def largest_fitted(self) -> int:
+        """The largest window that a damage estimate was fitted to: of a model adapted to many more, it says little."""
         return max(sized.window for sized in self.spec.damage)
 
     def population(self, features: Features) -> Population:

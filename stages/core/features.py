@@ -103,13 +103,13 @@ class Extractor:
                 logits.append(self._logits(some))
         return torch.cat(logits).numpy()
 
-    def adapted_to_all(self, images: NDArray[np.uint8], largest: int) -> NDArray[np.float32] | None:
-        """`adapted_logits` in as few groups of at most `largest` as can be, the same in whatever order the images come.
+    def adapted_to_all(self, images: NDArray[np.uint8], size: int) -> NDArray[np.float32] | None:
+        """`adapted_logits` in equal groups of about `size` (fewer: one), the same in whatever order the images come.
 
         A folder lists its images class by class. Batch norms that are adapted to one class alone misjudge it.
         """
         order = np.argsort([zlib.crc32(image.tobytes()) for image in images], kind="stable")
-        num_groups = math.ceil(len(images) / min(largest, LARGEST_GROUP))
+        num_groups = max(1, round(len(images) / size), math.ceil(len(images) / LARGEST_GROUP))
         mixed = self.adapted_logits(images, math.ceil(len(images) / num_groups), order)
         if mixed is None:
             return None

@@ -122,7 +122,7 @@ def test_what_is_listed_is_left_out(production: Path, tmp_path: Path, capsys: py
         monitor.main([str(production), "--leave-out", str(tmp_path / "no-list")])
 
 
-def test_the_model_is_adapted_to_no_more_images_than_its_estimate_was_fitted_to(
+def test_the_model_is_adapted_to_about_as_many_images_as_its_estimate_was_fitted_to(
     production: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With more at once, the adapted model is a better one than the estimate knows."""
@@ -137,7 +137,7 @@ def test_the_model_is_adapted_to_no_more_images_than_its_estimate_was_fitted_to(
     largest = max(sized.window for sized in detectors.load().spec.damage)
     monitor.main(["data/processed/val_images.npy"])
     assert len(np.load("data/processed/val_labels.npy")) > largest
-    assert 0.5 * largest <= groups[0] <= largest
+    assert 0.7 * largest <= groups[0] <= 1.5 * largest
 
 
 @pytest.mark.parametrize("options", [[], ["--stream", "--window", "4", "--run-length", "400", "--idle", "0"]])

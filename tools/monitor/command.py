@@ -82,7 +82,7 @@ def _judge(options: argparse.Namespace, runtime: RuntimeParams) -> int:
     if leaves_out := num_copies > 0 and most <= _ONE_PICTURE * len(window.images):
         window = keep_rows(window, rows)
     features = extractor.features(window.images)
-    judgement = detector.judge(features, extractor.adapted_to_all(window.images, detector.largest_group))
+    judgement = detector.judge(features, extractor.adapted_to_all(window.images, detector.largest_fitted))
     population = detector.population(features)
     oddness = detector.oddness(population)
     top = 12 if options.top is None else options.top

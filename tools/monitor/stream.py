@@ -90,7 +90,7 @@ def judge_stream(
             what = f"{num_copies} of {window} images are copies of others, so its p-value is too small"
             print(f"monitor: window {number}: {what}", file=sys.stderr)
         features = extractor.features(pixels)
-        adapted = extractor.adapted_to_all(pixels, detector.largest_group)
+        adapted = extractor.adapted_to_all(pixels, detector.largest_fitted)
         yield Judged(number, names, detector.judge(features, adapted, alpha, calibration))
         images, names = [], []
     if not number:
