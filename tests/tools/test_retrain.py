@@ -794,10 +794,16 @@ def own(at_work: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def promoted(at_work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy in which the whole loop has run; summary.json beside it."""
+    """A copy in which the whole loop has run, with some of the labelled images among production's (`met`).
+
+    These, and summary.json, lie beside it.
+    """
     folder = tmp_path_factory.mktemp("promoted") / "repository"
     shutil.copytree(at_work / "repository", folder, symlinks=True)
-    run(folder, *retrain_command(at_work / "drifted", at_work / "labels", folder.parent / "summary.json"))
+    met = shutil.copytree(at_work / "drifted", folder.parent / "met")
+    for path in (at_work / "labels").glob("*/*-400[0-3].png"):
+        shutil.copy(path, met)
+    run(folder, *retrain_command(met, at_work / "labels", folder.parent / "summary.json"))
     return folder
 
 
@@ -816,6 +822,12 @@ def test_harmful_drift_ends_in_a_promoted_model(promoted: Path, at_work: Path, t
     assert summary["recovered_share"] >= 0.7
     assert summary["clean_loss"] <= 0.02
     assert (found["num_clean"], found["num_drifted"]) == (400, summary["labelled"]["num_held_out"])
+    # what the new model was trained on is no proof that it reads what production sees
+    archive = members(promoted / summary["overrides"]["data.extra"])
+    trained_on = {content for name, content in archive.items() if name.startswith("train/")}
+    met = [path.read_bytes() in trained_on for path in (promoted.parent / "met").rglob("*.png")]
+    assert (summary["monitor"]["num_images"], sum(met)) == (len(met), sum(met) or "some")
+    assert summary["confirmation"]["num_images"] == met.count(False)
     # one commit, of exactly what the experiment made and what DVC keeps; the workspace is what it says
 
     def git(*words: str) -> str:
