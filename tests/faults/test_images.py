@@ -63,8 +63,8 @@ def production(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("production") / "images"
     good = {f"good-{number}.png": encoded(picture(number), "PNG") for number in range(8)}
     write_files(folder, good | {each.file: each.content() for each in IMAGES})
-    Path(os.fsdecode(os.fsencode(folder) + b"/\xff\xfe.jpg")).write_bytes(good["good-0.png"])
-    (folder / "\x1b[2J.jpg").write_bytes(good["good-1.png"])
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff\xfe.jpg")).write_bytes(encoded(picture(8), "PNG"))
+    (folder / "\x1b[2J.jpg").write_bytes(encoded(picture(9), "PNG"))
     return folder
 
 
@@ -89,6 +89,8 @@ def monitored(finished_repository: Path, production: Path) -> dict[str, Any]:
     assert ended.returncode in (0, 10, 20), ended.stderr
     assert "\x1b" not in ended.stdout
     report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    num_copies = report["copies"]["number"] if report["copies"]["left_out"] else 0  # many of them are plain red
+    assert len(report["images"]) + len(report["skipped"]) + num_copies == len(list(production.iterdir()))
     return report
 
 
@@ -116,9 +118,9 @@ def test_a_hostile_image(
 ) -> None:  # fmt: skip
     left_out = {Path(each["path"]).name: each["reason"] for each in monitored["skipped"]}
     seen = {Path(each["path"]).name for each in monitored["images"]}
-    assert (hostile.file in left_out) != (hostile.file in seen)
     names, said = predicted
-    assert (hostile.file in names) == (hostile.file in seen)
+    assert (hostile.file in left_out) != (hostile.file in names)
+    assert hostile.file in names or hostile.file not in seen
     assert (f"/{hostile.file}: " in said) == (hostile.file in left_out)
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
@@ -142,7 +144,7 @@ def test_a_hostile_image(
     elif hostile.ends is None:
         assert (hostile.file in packed_images.skipped) == (hostile.file in left_out)
     else:
-        assert hostile.file in seen
+        assert hostile.file in names
         corner = packed_images.pixels[hostile.file][2 : SIDE // 2 - 2, 2 : SIDE // 2 - 2]
         assert np.abs(corner.astype(int) - hostile.ends).max() <= 12
 
