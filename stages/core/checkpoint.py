@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from stages.core.closure import code_closure
+from stages.core.closure import code_hash
 from stages.core.errors import InputError
 from stages.core.output import disk_errors, sha256_of
 from stages.core.runtime import make_cache_dir
@@ -36,8 +36,7 @@ _LOCK_SECONDS = 30  # what a run that was just told to stop may need to write it
 def fingerprint(module: str, facts: dict[str, Any], root: Path) -> str:
     """Hash (32 hex digits) of JSON-like facts and of the source of `module` and all of ours that it imports."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for name in sorted(code_closure(root, module)):
-        digest.update(name.encode() + b"\0" + hashlib.sha256((root / name).read_bytes()).digest())
+    digest.update(code_hash(root, [module]).encode())
     return digest.hexdigest()[:32]
 
 

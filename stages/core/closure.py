@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 PACKAGES = ("stages", "tools")
@@ -30,6 +32,14 @@ def code_closure(root: Path, module: str) -> set[str]:
                 waiting.append(node.module or "")
                 waiting += [f"{node.module}.{alias.name}" for alias in node.names]
     return found
+
+
+def code_hash(root: Path, modules: Iterable[str]) -> str:
+    """SHA-256 (64 hex digits) of the source of some modules and of all of ours that they import."""
+    digest = hashlib.sha256()
+    for name in sorted(set[str]().union(*(code_closure(root, module) for module in modules))):
+        digest.update(name.encode() + b"\0" + hashlib.sha256((root / name).read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def _file_of(root: Path, module: str) -> Path | None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import hashlib
 import math
 import os
 import re
@@ -31,7 +30,7 @@ from typing import Any
 from hydra.core.override_parser.types import IntervalSweep, Override
 from ruamel.yaml import YAML
 
-from stages.core.closure import code_closure
+from stages.core.closure import code_hash
 from stages.core.errors import InputError, run_main
 from stages.core.params import PARAMS_FILE
 from stages.core.stopping import stop_requests
@@ -135,11 +134,7 @@ def locked(name: str) -> Iterator[int]:
 def code_of_stages() -> str:
     """Hash of the source of all stages, which is what trials run."""
     modules = re.findall(r"\bpython -m (stages\.\w+)", Path("dvc.yaml").read_text(encoding="utf-8"))
-    names = set[str]().union(*(code_closure(Path(), module) for module in modules))
-    digest = hashlib.sha256()
-    for name in sorted(names):
-        digest.update(name.encode() + b"\0" + hashlib.sha256(Path(name).read_bytes()).digest())
-    return digest.hexdigest()
+    return code_hash(Path(), modules)
 
 
 def stage_of(metric_file: str) -> str:
