@@ -113,6 +113,20 @@ def test_a_harder_class_is_no_damage() -> None:
     assert (alone.clean_before, alone.matched_before, alone.num_matched) == (0.95, 0.5, 100)
 
 
+@pytest.mark.parametrize("num_classes", range(2, 40))
+def test_rounding_is_no_damage(num_classes: int) -> None:
+    """Nothing is misread, or the same share of every class; the classes' shares are no round numbers."""
+    drifted = np.repeat(np.arange(num_classes), np.arange(num_classes) % 5 + 12)
+    clean = np.repeat(np.arange(num_classes), 12)
+    for every in (1, 3):
+        right = np.arange(len(drifted)) % every == 0
+        found = count(drifted, drifted, (right, right), (right, right))
+        assert found.lost == 0
+        assert "show no damage" in (no_damage(found) or "")
+    perfect = (np.full(len(clean), True), np.full(len(drifted), True))
+    assert count(clean, drifted, perfect, perfect).lost == 0
+
+
 @pytest.mark.parametrize(
     ("status", "high", "refused"),
     [("harmful", 0.84, True), ("harmful", 0.86, False), ("benign", 0.84, False), ("ok", 0.84, False)],
@@ -887,7 +901,7 @@ def test_another_clone_pulls_what_a_retraining_started_from_and_makes_the_same(p
 def test_a_run_that_is_killed_in_mid_train_ends_as_if_it_was_not(
     victim: str, own: Path, promoted: Path, at_work: Path, tmp_path: Path
 ) -> None:
-    command = retrain_command(at_work / "drifted", at_work / "labels", tmp_path / "summary.json")
+    command = retrain_command(promoted.parent / "met", at_work / "labels", tmp_path / "summary.json")
     checkpoints = Path(load_params(Params, own / "params.yaml").runtime.cache_dir) / "checkpoints"
     process = start(own, *command)
     wait_until(lambda: any(checkpoints.glob("*/step-*.pt")))

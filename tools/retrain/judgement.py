@@ -44,8 +44,8 @@ class Accuracies:
 
     @property
     def lost(self) -> float:
-        """What the drift costs the model at work."""
-        return self.matched_before - self.drifted_before
+        """What the drift costs the model at work, without the sums' own rounding."""
+        return round(self.matched_before - self.drifted_before, 12)
 
     @property
     def recovered(self) -> float:
