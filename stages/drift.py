@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 from pydantic import Field, field_validator
 
@@ -22,6 +22,9 @@ from stages.core.params import Section, load_params
 from stages.core.recipe import Precision, Probability
 from stages.core.runtime import RuntimeParams, cache_dir
 from stages.core.stopping import run_stage
+
+if TYPE_CHECKING:
+    from stages.core.drift_check import Parts
 
 METRICS = Path("metrics/drift.json")
 PLOTS = Path("plots/drift")
@@ -110,7 +113,7 @@ def main(params: Params) -> None:
         fit_on = rng.permutation(parts.reference)[: knobs.fit_images]
         check_on = rng.permutation(parts.check)[: knobs.images_per_condition]
         sizes = drift_check.possible_sizes(knobs.window_sizes, parts, len(check_on))
-        for remark in _remarks(len(of_source), knobs.window_sizes, sizes):
+        for remark in _remarks(len(of_source), parts, knobs, sizes):
             print(f"drift: {remark}", file=sys.stderr)
         fit_groups = {size: len(fit_on) for size in sizes}
         check_groups = drift_check.adapted_images(sizes, len(check_on))
@@ -177,18 +180,29 @@ def main(params: Params) -> None:
         made.extend(drift_summary.lines(summary))
 
 
-def _remarks(num_images: int, wanted: Sequence[int], sizes: Sequence[int]) -> Iterator[str]:
-    """What few validation images cost."""
-    if missing := [str(size) for size in wanted if size not in sizes]:
-        yield (
-            f"windows of {', '.join(missing)} images are left out (drift.window_sizes): {num_images:,} validation "
-            f"images are enough for {', '.join(map(str, sizes))}"
-        )
+def _remarks(num_images: int, parts: Parts, knobs: DriftParams, sizes: Sequence[int]) -> Iterator[str]:
+    """What few images, or few of them a condition, cost."""
+    from stages.core.drift_check import possible_sizes
+
+    calibrated = possible_sizes(knobs.window_sizes, parts, len(parts.check))
+    for missing, enough, why in (
+        ({*knobs.window_sizes}.difference(calibrated), calibrated, f"{num_images:,} validation images are"),
+        ({*calibrated}.difference(sizes), sizes, f"drift.images_per_condition: {knobs.images_per_condition} is"),
+    ):
+        if missing:
+            yield (
+                f"windows of {_listed(sorted(missing))} images are left out (drift.window_sizes): {why} enough for "
+                f"{_listed(enough)}"
+            )
     if num_images < FEW_IMAGES:
         yield (
             f"{num_images} validation images are few: clean ones may raise several times as many alarms as drift.alpha "
             f"says; have {FEW_IMAGES} or more"
         )
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    return ", ".join(map(str, sizes))
 
 
 if __name__ == "__main__":

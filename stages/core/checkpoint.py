@@ -66,11 +66,15 @@ class CheckpointStore:
     def newest(self) -> dict[str, Any] | None:
         """The newest checkpoint that is whole, on the CPU, or None. A damaged one is named and passed over."""
         for path in reversed(self._paths()):
-            # PyTorch does not compare the checksums of the zip that it writes.
-            if sha256_of(path)[:_DIGITS] == path.stem.split("-")[2]:
-                state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-                return state
-            print(f"train: {path} is damaged (by its SHA-256); the checkpoint before it is taken", flush=True)
+            try:
+                # PyTorch does not compare the checksums of the zip that it writes.
+                if sha256_of(path)[:_DIGITS] == path.stem.split("-")[2]:
+                    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+                    return state
+                reason = "is damaged (by its SHA-256)"
+            except OSError as error:
+                reason = f"cannot be read ({error.strerror or error})"
+            print(f"train: {path} {reason}; the checkpoint before it is taken", flush=True)
         return None
 
     def newest_path(self) -> Path | None:

@@ -130,7 +130,7 @@ class Detector:
 
     @property
     def largest_fitted(self) -> int:
-        """The largest window that a damage estimate was fitted to: of a model adapted to many more, it says little."""
+        """The largest window with a damage estimate of its own: of a model adapted to many more, it says little."""
         return max(sized.window for sized in self.spec.damage)
 
     def population(self, features: Features) -> Population:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -80,28 +80,14 @@ class Extractor:
             head = head[0]
         return list(head) if isinstance(head, nn.ModuleList) else [head]
 
-    @torch.inference_mode()
-    def adapted_logits(
-        self, images: NDArray[np.uint8], group: int, order: NDArray[np.int64] | None = None
-    ) -> NDArray[np.float32] | None:
+    def adapted_logits(self, images: NDArray[np.uint8], group: int) -> NDArray[np.float32] | None:
         """Logits (N, num_classes) of the model with its batch norms adapted to each `group` of images in turn.
 
         Their statistics are those of the group, with the training set's as a prior (Schneider et al. 2020, "Improving
         robustness against common corruptions by covariate shift adaptation"). None of a model without batch norms.
-        With an `order`, indices (N,), the images are taken in that, and the logits come in it.
         """
-        modules = (module for module in self.network.modules() if isinstance(module, _BatchNorm))
-        norms = [module for module in modules if module.running_mean is not None]
-        if not norms:
-            return None
-        logits = []
         group = min(group, LARGEST_GROUP)
-        for start in range(0, len(images), group):
-            rows = slice(start, start + group)
-            some = images[rows] if order is None else images[order[rows]]
-            with _adapted(norms, len(some)):
-                logits.append(self._logits(some))
-        return torch.cat(logits).numpy()
+        return self._adapted_logits(images[start : start + group] for start in range(0, len(images), group))
 
     def adapted_to_all(self, images: NDArray[np.uint8], size: int) -> NDArray[np.float32] | None:
         """`adapted_logits` in equal groups of about `size` (fewer: one), the same in whatever order the images come.
@@ -110,27 +96,40 @@ class Extractor:
         """
         order = np.argsort([zlib.crc32(image.tobytes()) for image in images], kind="stable")
         num_groups = max(1, round(len(images) / size), math.ceil(len(images) / LARGEST_GROUP))
-        mixed = self.adapted_logits(images, math.ceil(len(images) / num_groups), order)
+        mixed = self._adapted_logits(images[rows] for rows in np.array_split(order, num_groups))
         if mixed is None:
             return None
         logits = np.empty_like(mixed)
         logits[order] = mixed
         return logits
 
+    @torch.inference_mode()
+    def _adapted_logits(self, groups: Iterable[NDArray[np.uint8]]) -> NDArray[np.float32] | None:
+        modules = (module for module in self.network.modules() if isinstance(module, _BatchNorm))
+        norms = [module for module in modules if module.running_mean is not None]
+        if not norms:
+            return None
+        logits = []
+        for images in groups:
+            with _adapted(norms, len(images)):
+                logits.append(self._logits(images))
+        return torch.cat(logits).numpy()
+
     def _logits(self, images: NDArray[np.uint8]) -> Tensor:
-        pixels = torch.from_numpy(np.array(images)).to(self.device)
-        boxes = torch.tensor([[0, 0, *pixels.shape[1:3]]], device=self.device).expand(len(pixels), 4)
-        flips = torch.zeros(len(pixels), dtype=torch.bool, device=self.device)
-        batch = crop_and_resize(pixels, boxes, flips, self.spec.image_size, torch.float32)
         try:
+            pixels = torch.from_numpy(np.array(images)).to(self.device)
+            boxes = torch.tensor([[0, 0, *pixels.shape[1:3]]], device=self.device).expand(len(pixels), 4)
+            flips = torch.zeros(len(pixels), dtype=torch.bool, device=self.device)
+            batch = crop_and_resize(pixels, boxes, flips, self.spec.image_size, torch.float32)
             with self.policy.autocast(self.device):
                 logits: Tensor = self.network(normalise(batch, self.spec.mean, self.spec.std))
         except RuntimeError as error:
             if not ran_out_of_memory(error):
                 raise
+            way_out = "" if self.device.type == "cpu" else ", or set runtime.device to cpu"
             raise InputError(
                 f"out of memory on {self.device} with {len(images)} images of {self.spec.image_size} px at once; free "
-                "some of it, or set runtime.device to cpu"
+                f"some of it{way_out}"
             ) from None
         if not logits.isfinite().all():
             raise InputError("the classifier's outputs are not finite: the training run that made it diverged")

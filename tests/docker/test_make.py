@@ -77,6 +77,10 @@ def test_pull_with_a_cache_of_the_host(named: tuple[str, str], repository: Path,
 
     run(repository, "rm", "-rf", "remote", "models", str(cache))
     result = make(repository, "make docker-pull", *variables, check=False)
+    assert "there is no folder /workspace/remote: mount its disk, or make it" in result.stderr
+    assert not (repository / "remote").exists()
+    (repository / "remote").mkdir()
+    result = make(repository, "make docker-pull", *variables, check=False)
     assert "the remote does not have everything that dvc.lock names" in result.stderr
     make(repository, "make docker-pull ARGS=--allow-missing", *variables)
 

@@ -19,7 +19,7 @@ from stages.core.corruptions import FAMILIES, SEVERITIES
 from stages.core.drift_check import Drifted
 from stages.core.errors import InputError
 from stages.core.params import load_params
-from tests.helpers import files, set_params
+from tests.helpers import ROOT, files, set_params
 from tools.monitor.command import open_detector
 
 
@@ -113,6 +113,29 @@ def test_sizes_that_no_condition_has_images_for_are_left_out(repository: Path, m
     set_params(Path("params.yaml"), {"drift.window_sizes": [6], "drift.images_per_condition": 5})
     drift.main(load_params(drift.Params))
     assert set(json.loads(Path("metrics/drift.json").read_text())["detection"]) == {"5"}
+
+
+@pytest.mark.parametrize(
+    ("num_images", "images_per_condition", "said"),
+    [
+        (3925, 500, []),
+        (3925, 100, ["windows of 200 images are left out (drift.window_sizes): drift.images_per_condition: 100 is"]),
+        (1000, 500, ["windows of 200 images are left out (drift.window_sizes): 1,000 validation images are"]),
+        (1000, 30, ["windows of 200 images are left out (drift.window_sizes): 1,000 validation images are",
+                    "windows of 50 images are left out (drift.window_sizes): drift.images_per_condition: 30 is"]),
+    ],
+)  # fmt: skip
+def test_why_windows_are_left_out_is_said(num_images: int, images_per_condition: int, said: list[str]) -> None:
+    knobs = load_params(drift.Params, ROOT / "params.yaml").drift
+    knobs = knobs.model_copy(
+        update={"window_sizes": [10, 50, 200], "images_per_condition": images_per_condition}, deep=True
+    )
+    parts = drift_check.split(num_images, np.random.default_rng(0))
+    sizes = drift_check.possible_sizes(knobs.window_sizes, parts, min(images_per_condition, len(parts.check)))
+    remarks = list(drift._remarks(num_images, parts, knobs, sizes))
+    assert [remark.partition(" enough for ")[0] for remark in remarks] == said
+    for remark in remarks:
+        assert "10" in remark.partition(" enough for ")[2]
 
 
 def test_a_model_of_other_classes_is_refused_and_nothing_is_written(

@@ -46,7 +46,7 @@ from tests.helpers import (
 )
 from tools.retrain import experiment, kept, labelled
 from tools.retrain.command import _ask_monitor
-from tools.retrain.judgement import Accuracies, count, doubt, no_damage, objection
+from tools.retrain.judgement import Accuracies, Trial, count, doubt, no_damage, objection
 from tools.retrain.params import Params, RetrainParams
 
 LIMITS = Limits(files=10_000, total_bytes=10**9, ratio=200)
@@ -332,6 +332,18 @@ def test_another_simulation_of_a_kind_adds_no_image_twice(packed: Path) -> None:
     assert len(both) == len(everything.images)
     other = labelled.write_archive(labelled.simulate("fog", 3, 1.0), present, packed / "cache").path
     assert len(members(other)) == len(everything.images) + len(fewer.images)
+
+
+def test_a_class_without_clean_images_is_named(packed: Path) -> None:
+    """Where all of the source's are skipped as bad ones, and data.extra has some."""
+    images = labelled.simulate("fog", 4, 1.0)
+    assert len(Trial(images, load_params(Params)).clean.labels) == load_meta().num_images["val"]
+    names = json.loads((PROCESSED / "files.json").read_text())
+    one = load_meta().class_ids[1]
+    hidden = [name.replace("/", "/extra-") if name.startswith(f"{one}/") else name for name in names["val"]]
+    write_json(PROCESSED / "files.json", names | {"val": hidden})
+    with pytest.raises(InputError, match=f"no clean validation image of {one} is left"):
+        Trial(images, load_params(Params))
 
 
 # --- overrides ----------------------------------------------------------------------------------------------------
@@ -959,6 +971,23 @@ def test_labelled_images_without_damage_start_nothing(own: Path, at_work: Path, 
     assert "the labelled images show no damage" in result.stdout
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["accuracy"]["drifted_before"] >= summary["accuracy"]["clean_before"] > 0.9
+    assert state(own) == before
+    assert run(own, "dvc", "exp", "list", "--name-only").stdout.strip() == ""
+
+
+@pytest.mark.slow
+def test_images_that_are_all_trained_on_prove_nothing_and_start_nothing(
+    own: Path, at_work: Path, tmp_path: Path
+) -> None:
+    before = state(own)
+    patterns(tmp_path / "labels/train", 15, 4000, (KIND, SEVERITY))
+    patterns(tmp_path / "labels/val", 15, 5000, (KIND, SEVERITY))
+    command = retrain_command(tmp_path / "labels/train", tmp_path / "labels", tmp_path / "summary.json")
+    result = run(own, *command, check=False)
+    assert result.returncode == 1, result.stderr
+    said = "IMAGES leave nothing to prove the new model with, once those that it is trained on are left out"
+    assert said in result.stdout
+    assert "all 60 images are listed" in json.loads((tmp_path / "summary.json").read_text())["reason"]
     assert state(own) == before
     assert run(own, "dvc", "exp", "list", "--name-only").stdout.strip() == ""
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from stages.core.corruptions import STANDARD_KINDS, corrupt
-from stages.core.dataset import load_meta, load_split
+from stages.core.dataset import load_file_names, load_meta, load_split
 from stages.core.detector import Detector
 from stages.core.drift_check import false_alarms, split
 from stages.core.errors import InputError, run_main
@@ -33,6 +33,7 @@ from stages.core.features import Extractor
 from stages.core.measures import measure
 from stages.core.params import load_params
 from stages.core.progress import progress
+from stages.core.source import is_extra
 from stages.core.two_sample import evidence
 from stages.drift import Params
 from tools.monitor.command import open_detector
@@ -50,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     params = load_params(Params)
     detector, extractor = open_detector(Path("models/drift"), Path("models/classifier"), params.runtime)
     images, labels, _ = load_split("val", load_meta())
+    is_of_extra = np.array([is_extra(name) for name in load_file_names("val")])
+    if is_of_extra.any():  # drifted ones: as in the drift stage, clean images are those of the source
+        images, labels = images[~is_of_extra], labels[~is_of_extra]
     check = split(len(labels), np.random.default_rng(params.drift.seed)).check
     if options.torchdrift:
         rows = list(_torchdrift(images, labels, check, detector, extractor))

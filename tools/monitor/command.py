@@ -125,7 +125,7 @@ def _without(files: list[ImageFile], listed: Path) -> list[ImageFile]:
 
     rest = [file for file in files if not is_listed(file)]
     if not rest:
-        raise InputError(f"--leave-out: {listed}: all {len(files):,} images are listed in it")
+        raise InputError(f"--leave-out: all {len(files):,} images are listed in {listed}")
     return rest
 
 

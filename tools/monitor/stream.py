@@ -65,9 +65,10 @@ def stream_alpha(detector: Detector, window: int, run_length: int) -> float:
 def judge_stream(
     detector: Detector, extractor: Extractor, files: Iterator[ImageFile], window: int, run_length: int
 ) -> Iterator[Judged]:
-    """Judge windows of `window` images, each read when it comes; those that cannot be read are left out, and said.
+    """Judge windows of `window` images, each read when it comes.
 
-    So are, on stderr, those at the end that fill no window. InputError when the stream ends before the first is full.
+    Images that cannot be read are left out, and those at the end that fill no window: stderr says which.
+    InputError when the stream ends before the first window is full.
     """
     alpha = stream_alpha(detector, window, run_length)
     calibration = detector.calibration(window, alpha)
@@ -79,7 +80,7 @@ def judge_stream(
         came += 1
         read = read_images([file], spec.image_size, spec.crop_mode, spec.interpolation)
         for name, reason in read.skipped:
-            print(f"monitor: left out {printable(name)}: {reason}", flush=True)
+            print(f"monitor: left out {printable(name)}: {reason}", file=sys.stderr)
         images.extend(read.images)
         names.extend(read.names)
         if len(names) < window:

@@ -94,6 +94,16 @@ def _retrain(
     if reason := no_damage(now):
         before = {key: getattr(now, key) for key in ("clean_before", "matched_before", "drifted_before")}
         return summary | {"decision": "not promoted", "reason": reason, "accuracy": before}
+    known = scratch / "trained-on"  # images that the new model will know by heart say nothing of others
+    known.write_text("".join(f"{image.digest}\n" for image in (*images.images, *present) if image.split == "train"))
+    try:
+        _ask_monitor(summary["images"], scratch, known=known)
+    except InputError as error:
+        reason = (
+            "IMAGES leave nothing to prove the new model with, once those that it is trained on are left out: "
+            f"{error}; give others, or hold more of the labelled ones out (retrain.held_out)"
+        )
+        return summary | {"decision": "not promoted", "reason": reason}
     overrides, needed = _overrides(summary["start"], params, images, present, head)
     name = experiment.experiment_name(head, overrides)
     print(
@@ -126,8 +136,6 @@ def _retrain(
     if reason := objection(found, params.retrain):
         return summary | {"decision": "not promoted", "reason": reason}
     try:
-        known = scratch / "trained-on"  # images that the new model has learned by heart say nothing of others
-        known.write_text("".join(f"{image.digest}\n" for image in (*images.images, *present) if image.split == "train"))
         confirmation = _ask_monitor(summary["images"], scratch, new, known)
     except InputError as error:
         reason = f"the monitor refuses the new model and its reference: {error}"

@@ -12,6 +12,7 @@ from scipy import stats
 
 from stages.core import device, inference, model, precision
 from stages.core.dataset import Split, check_images, load_file_names, load_meta, load_split
+from stages.core.errors import InputError
 from stages.core.image import decode
 from stages.core.loader import evaluation_batches, open_source
 from stages.core.packing import Geometry
@@ -76,6 +77,12 @@ class Trial:
             row[:] = decode(image.read(), name, *geometry)
         labels = [meta.class_ids.index(image.class_name) for image in held_out]
         self.clean = Split(packed.images[rows], packed.labels[rows])
+        if missing := set(labels) - {*self.clean.labels.tolist()}:
+            names = ", ".join(meta.class_ids[label] for label in sorted(missing))
+            raise InputError(
+                f"data/processed: no clean validation image of {names} is left (preprocess.on_bad_image?), so what "
+                "drift costs this class cannot be told; mend data.source, or leave the class out of --labels"
+            )
         self.drifted = Split(pixels, np.array(labels, dtype=np.int64))
         self._params = params
         self._right: list[Right] = []

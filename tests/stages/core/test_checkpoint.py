@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 import torch
 from filelock import FileLock
 
+from stages.core import checkpoint
 from stages.core.checkpoint import CheckpointStore
+from stages.core.output import sha256_of
 
 
 def make_run(cache: Path, key: str) -> CheckpointStore:
@@ -67,6 +70,23 @@ def test_no_changed_bit_is_taken_for_a_checkpoint(tmp_path: Path, capfd: pytest.
     found = store.newest()
     assert found is not None
     assert torch.equal(found["weights"], weights)
+
+
+def test_a_checkpoint_that_the_disk_refuses_is_passed_over(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path, "own")
+    store.save(1, {"step": 1})
+    bad = store.save(2, {"step": 2})
+
+    def read(path: Path) -> str:
+        if path == bad:
+            raise OSError(errno.EIO, "Input/output error")
+        return sha256_of(path)
+
+    monkeypatch.setattr(checkpoint, "sha256_of", read)
+    assert store.newest() == {"step": 1}
+    assert f"{bad} cannot be read (Input/output error); the checkpoint before" in capfd.readouterr().out
 
 
 def test_damaged_checkpoints_do_not_outlive_new_ones(tmp_path: Path) -> None:

@@ -132,14 +132,18 @@ def test_the_hook_is_removed_when_the_forward_raises() -> None:
     assert_untouched(looking.network, before)
 
 
-def test_memory_that_is_exhausted_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["network", "images"])
+def test_memory_that_is_exhausted_is_told_in_words(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     looking = extractor()
 
-    def forward(images: Tensor) -> Tensor:
+    def fail(*arguments: object) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
-    monkeypatch.setattr(looking.network, "forward", forward)
-    with pytest.raises(InputError, match="^out of memory on cpu with 2 images of 32 px at once; .*runtime.device"):
+    if where == "network":
+        monkeypatch.setattr(looking.network, "forward", fail)
+    else:
+        monkeypatch.setattr(module, "crop_and_resize", fail)
+    with pytest.raises(InputError, match="^out of memory on cpu with 2 images of 32 px at once; free some of it$"):
         looking.features(clouds(2, 32, 32))
 
 
@@ -227,9 +231,9 @@ def test_one_image_more_than_a_group_is_not_adapted_to_alone(monkeypatch: pytest
         return logits(self, images)
 
     monkeypatch.setattr(Extractor, "_logits", noted)
-    for count in (8, 9, 16, 25):
-        assert extractor().adapted_to_all(clouds(count, 32, 32), 8) is not None
-    assert sizes == [8, 9, 8, 8, 9, 9, 7]
+    for count, size in ((8, 8), (9, 8), (16, 8), (25, 8), (13, 2), (111, 10)):
+        assert extractor().adapted_to_all(clouds(count, 32, 32), size) is not None
+    assert sizes == [8, 9, 8, 8, 9, 8, 8, 3, *[2] * 5, *[11] * 1, *[10] * 10]
     monkeypatch.setattr(module, "LARGEST_GROUP", 4)
     extractor().adapted_to_all(clouds(8, 32, 32), 8)
     assert sizes[-2:] == [4, 4]
