@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import gc
 import os
 import signal
 import sys
@@ -63,6 +64,8 @@ def run_main(main: Callable[[], int | None], name: str) -> None:
     an interrupt with 128 plus the signal's number; a ConnectionError and what the machine refuses (a full disk), which
     are no fault of this process, with a message and 1. Anything else is a defect of ours and keeps its traceback.
     """
+    # The interpreter's last collections walk through all of PyTorch, a second and more, and free nothing that matters.
+    atexit.register(gc.freeze)
     try:
         status = main()
     except InputError as error:
