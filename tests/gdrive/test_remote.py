@@ -164,14 +164,15 @@ def test_a_pull_takes_nothing_from_the_user(shared: tuple[Path, Path], google: S
     assert (clone / "model/name.txt").read_text() == "model"
 
 
-def test_a_pull_where_nothing_has_run_and_one_in_a_conflict(shared: tuple[Path, Path], google: StandIn) -> None:
+def test_a_pull_where_nothing_has_run_and_a_conflict(shared: tuple[Path, Path], google: StandIn) -> None:
     _, clone = shared
     lock = (clone / "dvc.lock").read_text()
     (clone / "dvc.lock").write_text(f"<<<<<<< HEAD\n{lock}=======\n{lock}>>>>>>> other\n")
-    result = tool(google, clone, "pull", check=False)
-    assert result.returncode == 2
-    assert "dvc cannot read the pipeline: unable to read: 'dvc.lock'" in result.stderr
-    assert "Traceback" not in result.stderr
+    for words in ("pull", "push"):
+        result = tool(google, clone, words, check=False)
+        assert result.returncode == 2
+        assert "dvc cannot read the pipeline: unable to read: 'dvc.lock'" in result.stderr
+        assert "Traceback" not in result.stderr
     (clone / "dvc.lock").unlink()
     assert "nothing has run yet" in tool(google, clone, "pull").stdout
 

@@ -275,6 +275,18 @@ def test_a_remote_that_does_not_answer_reruns_nothing(check: Said, small: Path) 
     assert not (small / FILE).exists()
 
 
+def test_a_remote_is_not_asked_for_what_is_never_pushed(check: Said, small: Path, whole: dict[str, bytes]) -> None:
+    pipeline = Path("dvc.yaml").read_text()
+    Path("dvc.yaml").write_text(pipeline.replace(f"[{FILE}]", f"[{{{FILE}: {{push: false}}}}]"))
+    assert Path("dvc.yaml").read_text() != pipeline
+    dvc("remote", "add", "--local", "--default", "storage", "http://127.0.0.1:9/")
+    in_cache(FILE).unlink()
+    (small / FILE).unlink()
+    assert check(repair=True) == 0
+    assert "total runs again" in check.err
+    assert everything(small) == whole
+
+
 def test_a_stage_that_would_make_something_else_does_not_run(check: Said, small: Path) -> None:
     set_params(small / "params.yaml", {"make.count": 4})
     lock = (small / "dvc.lock").read_bytes()

@@ -130,7 +130,8 @@ def move(command: str, patience: float, attempts: int, allow_missing: bool = Fal
     """
     name, settings = _remote()
     writing = command == "push"
-    targets = [] if writing else _pushed_outputs()  # dvc knows what is not to be pushed
+    pushed = _pushed_outputs()
+    targets = [] if writing else pushed  # dvc knows what is not to be pushed
     if not writing and not targets:
         print("remote: dvc.lock names nothing to pull: nothing has run yet; dvc repro does")
         return

@@ -83,7 +83,7 @@ def _mend_cache(repo: Any, out: Any, state: State) -> bool:
         out.cache.add(tree.path, tree.fs, tree.oid)
         lacking.discard(state.digest)
         _say(f"{state.path}: the cache has the list of its files again, from the workspace")
-    if lacking and repo.config["core"].get("remote"):
+    if lacking and out.can_push and repo.config["core"].get("remote"):
         lacking = _fetch(repo, out, state, lacking)
         if state.digest not in lacking and state.is_folder and not state.expected:
             (now,) = inspect(repo, [state.path])  # the list of its files is known now
