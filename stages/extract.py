@@ -96,7 +96,7 @@ def main(params: Params) -> None:
                 _write_tar(out / f"{split}.tar", source.images[split], split, source.counts[split], copies)
                 _refuse_prefix(out / f"{split}.tar", split)
             found = content_hash(out)
-            if params.data.source == "sample" or os.path.isdir(_path(params.data.source)):
+            if params.data.source == "sample" or _is_folder(params.data.source):
                 _check_content(params.data, found)
             if further is not None:
                 extra = _add_extra(params.data, further, out, copies)
@@ -223,8 +223,7 @@ def _add_extra(data: DataParams, extra: _Source, out: Path, copies: _Copies) -> 
         tar = out / f"{split}.tar"
         _write_tar(tar, renamed(split), split, extra.counts[split], copies, mode="a")
     found = digest.hexdigest()
-    is_folder = os.path.isdir(_path(data.extra or ""))
-    if is_folder and data.extra_sha256 and data.extra_sha256.lower() != found:
+    if _is_folder(data.extra or "") and data.extra_sha256 and data.extra_sha256.lower() != found:
         raise InputError(f"{data.extra}: content sha256 is {found}, expected {data.extra_sha256} (data.extra_sha256)")
     return ExtraInfo(num_images=extra.counts, sha256=found)
 
@@ -283,6 +282,10 @@ def _locate(value: str, key: str, md5: str | None, sha256: str | None, downloads
 
 def _is_download(value: str) -> bool:
     return value in NAMED_SOURCES or value.startswith(("http://", "https://"))
+
+
+def _is_folder(value: str) -> bool:
+    return not _is_download(value) and os.path.isdir(_path(value))
 
 
 def _path(value: str) -> Path:

@@ -5,7 +5,7 @@ the step as train runs it, a CUDA graph; the operators are recorded without one,
 
 Inputs   data/processed/; params `model`, `train`, `profile`, `runtime`
 Outputs  data/profile/operators.csv   operators of one train step: calls, shapes, FLOPs. No times, so that it repeats
-Beside   data/profile/trace.json.gz   Chrome trace (open in https://ui.perfetto.dev), one a repeat
+Beside   data/profile/trace-N.json.gz Chrome trace (open in https://ui.perfetto.dev), one a repeat
          data/profile/operators.txt   the most expensive operators by time
          data/profile/memory-N.png    memory timeline, with profile.profile_memory
          metrics/profile.json         throughput, step time, loader share, peak memory, FLOPs

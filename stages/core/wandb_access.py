@@ -1,6 +1,6 @@
 """Whether W&B would take a run now: where the key comes from, and a first question with a short patience.
 
-`wandb` is imported in functions, because stages import this module (for dvc.yaml's sake) but do not use it.
+`wandb` is imported in functions, because the doctor, which runs without any package, asks, too.
 """
 
 from __future__ import annotations

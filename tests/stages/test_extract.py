@@ -162,6 +162,17 @@ def test_a_download_is_kept_where_another_archive_is_damaged(served: str, worksp
     assert list((tmp_path / "cache/downloads").glob("*-images.tgz"))
 
 
+def test_a_named_set_is_downloaded_though_a_folder_has_its_name(
+    served: str, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_tgz(tmp_path / "more", image_files())
+    md5, sha256 = (hashlib.new(name, path.read_bytes()).hexdigest() for name in ("md5", "sha256"))
+    monkeypatch.setitem(extract.NAMED_SOURCES, "pets", (f"{served}/more/images.tgz", md5))
+    (workspace / "pets").mkdir()
+    run_stage(workspace, data__source="pets", data__sha256=sha256, data__extra="pets", data__extra_sha256=sha256)
+    assert json.loads(raw(workspace)["source.json"])["classes"] == ["cat", "dog"]
+
+
 def test_an_archive_of_the_user_is_kept_whatever_it_is(workspace: Path, tmp_path: Path) -> None:
     path = tmp_path / "images.tgz"
     path.write_bytes(b"no archive")

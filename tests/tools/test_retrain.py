@@ -25,6 +25,7 @@ from dvc.utils.hydra import apply_overrides
 from numpy.typing import NDArray
 from PIL import Image
 
+from stages import extract
 from stages.core.archive import Limits
 from stages.core.corruptions import corrupt
 from stages.core.dataset import PROCESSED, load_meta, load_split
@@ -291,6 +292,21 @@ def test_what_is_trained_on_cannot_be_held_out(tmp_path: Path) -> None:
         labelled.open_folder(folder, LIMITS, tmp_path, ["cat", "dog"], 0.3, present_of(one.path)),
     ):
         pass
+
+
+def test_earlier_images_are_taken_from_what_extract_wrote(workspace: Path) -> None:
+    further = write_files(
+        workspace / "more", {"train/star/1.jpg": encoded(picture()), "val/star/1.jpg": encoded(picture(1))}
+    )
+    set_params(workspace / "params.yaml", {"data.extra": str(further)})
+    extract.main(load_params(extract.Params))
+    assert [image[:3] for image in labelled.current_extra()] == [("train", "star", "1.jpg"), ("val", "star", "1.jpg")]
+    path = Path("data/raw/train.tar")
+    content = bytearray(path.read_bytes())
+    content[-11_000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="data/raw: altered since extract wrote it"):
+        labelled.current_extra()
 
 
 def test_an_archive_that_fails_leaves_nothing(tmp_path: Path) -> None:

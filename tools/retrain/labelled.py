@@ -27,7 +27,7 @@ from stages.core.download import file_hash
 from stages.core.errors import InputError
 from stages.core.image import check_is_image
 from stages.core.keyed import uniforms
-from stages.core.source import EXTRA_PREFIX, RAW, SPLITS, is_extra
+from stages.core.source import EXTRA_PREFIX, RAW, SPLITS, check_content, is_extra, load_source_info
 
 _SIMULATION_SEED = {"train": 1, "val": 2}  # what is held out gets other noise than what is trained on
 
@@ -149,7 +149,8 @@ def _corrupted(pixels: NDArray[np.uint8], row: int, split: str, kind: str, sever
 
 
 def current_extra() -> list[LabelledImage]:
-    """What `data.extra` added to data/raw."""
+    """What `data.extra` added to data/raw; InputError where that is not what extract wrote."""
+    check_content(load_source_info())
     images: list[LabelledImage] = []
     for split in SPLITS:
         path = RAW / f"{split}.tar"
