@@ -130,7 +130,7 @@ def move(command: str, patience: float, attempts: int, allow_missing: bool = Fal
     """
     name, settings = _remote()
     writing = command == "push"
-    pushed = _pushed_outputs()
+    pushed = _pushed_outputs()  # for a push, too: it refuses a conflict, which dvc would be asked about again and again
     targets = [] if writing else pushed  # dvc knows what is not to be pushed
     if not writing and not targets:
         print("remote: dvc.lock names nothing to pull: nothing has run yet; dvc repro does")
